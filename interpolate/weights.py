@@ -1,0 +1,121 @@
+"""Which weights take part in mixing, how two sets of them are matched, mixed and put into a module for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+Weights = Mapping[str, Tensor]
+"""Named tensors, as `state_dict()` and `named_parameters()` give them."""
+
+_LISTED = 3
+
+
+class WeightMismatchError(ValueError):
+    """Two sets of weights do not belong to the same architecture; the message lists the differences."""
+
+
+def trainable_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that take part in training: floating point, requiring gradients; tied ones once, by first name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad and p.is_floating_point()}
+
+
+def check_match(theta: Weights, anchor: Weights) -> None:
+    """Raise `WeightMismatchError` unless both hold tensors of the same names and shapes."""
+    missing = [name for name in theta if name not in anchor]
+    unexpected = [name for name in anchor if name not in theta]
+    reshaped = [
+        f"{name}: theta {tuple(tensor.shape)}, anchor {tuple(anchor[name].shape)}"
+        for name, tensor in theta.items()
+        if name in anchor and tensor.shape != anchor[name].shape
+    ]
+    problems = [
+        f"{len(names)} of {total} weights {what} ({_listed(names)})"
+        for names, total, what in (
+            (missing, len(theta), "missing"),
+            (unexpected, len(anchor), "unexpected"),
+            (reshaped, len(theta), "of another shape"),
+        )
+        if names
+    ]
+    if problems:
+        raise WeightMismatchError(
+            f"anchor does not match theta: {', '.join(problems)}. Both must come from the same architecture, "
+            "with the same prefix before every name."
+        )
+
+
+def check_coefficient(name: str, value: float) -> None:
+    """Raise `ValueError` unless the weight of the anchor is in [0, 1]; nan is not."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is the weight of the anchor and must be in [0, 1], got {value}.")
+
+
+def lerp(theta: Tensor, anchor: Tensor, anchor_weight: float) -> Tensor:
+    """`anchor_weight * anchor + (1 - anchor_weight) * theta`, a new tensor in theta's dtype and on its device.
+
+    0 gives theta and 1 the anchor bit for bit, and so does any weight where both are equal (infinities included). Half
+    precision is mixed in float32 and rounded once.
+    """
+    anchor = anchor.to(theta.device)
+    if anchor_weight == 0 or torch.equal(theta, anchor.to(theta.dtype)):
+        return theta.detach().clone()
+    if anchor_weight == 1:
+        return anchor.detach().to(theta.dtype, copy=True)
+    precision = torch.promote_types(torch.float32, theta.dtype)
+    return torch.lerp(theta.detach().to(precision), anchor.detach().to(precision), anchor_weight).to(theta.dtype)
+
+
+@contextmanager
+def applied(module: nn.Module, weights: Weights) -> Iterator[nn.Module]:
+    """Put other weights into a module for the length of a `with` block; its own come back whatever happens.
+
+    Args:
+        module: Any module. Its parameters are overwritten in place and restored at the end, so optimizers and other
+            holders of them are undisturbed. Do not train inside the block: what is learnt there is lost.
+        weights: Name → tensor, for some or all of the parameters and buffers.
+
+    Yields:
+        The module itself.
+
+    Raises:
+        WeightMismatchError: A name is not one of the module's, or a shape differs; nothing has been changed then.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> with applied(model, {"weight": torch.tensor([[2.0]])}):
+        ...     model(torch.tensor([3.0])).item()
+        6.0
+    """
+    own = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    unknown = [name for name in weights if name not in own]
+    if unknown:
+        raise WeightMismatchError(f"{len(unknown)} weights ({_listed(unknown)}) are not in {type(module).__name__}.")
+    targets = {name: own[name] for name in weights}
+    check_match(targets, weights)
+    backup = {name: target.detach().clone() for name, target in targets.items()}
+    try:
+        _overwrite(targets, weights)
+        yield module
+    finally:
+        _overwrite(targets, backup)
+
+
+@torch.no_grad()
+def _overwrite(targets: Weights, values: Weights) -> None:
+    for name, target in targets.items():
+        target.copy_(values[name])
+    torch.clear_autocast_cache()  # or an enclosing autocast would go on with casts of the old values
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    rest = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + rest
