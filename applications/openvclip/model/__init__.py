@@ -1,0 +1,1 @@
+"""The video encoder and the text classifier, on open_clip's models."""

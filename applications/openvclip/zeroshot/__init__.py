@@ -1,0 +1,1 @@
+"""Zero-shot evaluation: one pass over the videos for all weights, and its report."""
