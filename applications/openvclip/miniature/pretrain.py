@@ -13,8 +13,6 @@ import argparse
 import json
 import math
 import platform
-import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -22,11 +20,13 @@ import numpy as np
 import open_clip
 import torch
 from open_clip.model import CLIP
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from applications.openvclip.checkpoint import save_weights
+from applications.openvclip.journal import command
 from applications.openvclip.miniature import glyphs, tiny_clip, world
+from applications.openvclip.model.prompts import OBJECT_TEMPLATES
+from applications.openvclip.progress import progress_bar
 
 BATCH_SIZE = 128
 LEARNING_RATE = 1.5e-3
@@ -36,7 +36,6 @@ STILL_STEPS = 400
 UPRIGHT_STEPS = 1500
 MOVING_SHARE = 0.45
 MAX_LOGIT_SCALE = math.log(100)
-TEMPLATES = ("a {}", "a photo of a {}", "a picture of a {}", "an image of a {}")
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -65,7 +64,7 @@ def accuracy(model: CLIP, seed: int, repeats: int = 4) -> float:
     """Zero-shot accuracy among all concepts on fresh clean still images, in [0, 1]."""
     tokenizer = tiny_clip.WordTokenizer()
     model.eval()
-    classifier = open_clip.build_zero_shot_classifier(model, tokenizer, glyphs.names(), TEMPLATES, 32)
+    classifier = open_clip.build_zero_shot_classifier(model, tokenizer, glyphs.names(), OBJECT_TEMPLATES, 32)
     concepts = np.tile(np.arange(glyphs.N_GLYPHS), repeats)
     images, _ = world.stills(np.random.default_rng([seed, 1 << 31]), concepts)
     predicted = (model.encode_image(normalised(images)) @ classifier).argmax(dim=1)
@@ -83,8 +82,7 @@ def pretrain(seed: int, steps: int) -> CLIP:
         [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}],
         betas=(0.9, 0.98),
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn()) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("pre-training", total=steps)
         for step in range(steps):
             images, captions = batch(seed, step)
@@ -113,10 +111,10 @@ def main(arguments: list[str] | None = None) -> None:
     start = time.monotonic()
     model = pretrain(options.seed, options.steps)
     seconds = time.monotonic() - start
-    half = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    half = {name: tensor.half() for name, tensor in model.state_dict().items()}
     model.load_state_dict(half)
     metadata = {
-        "command": shlex.join(["python", "-m", "applications.openvclip.miniature.pretrain", *sys.argv[1:]]),
+        "command": command(),
         "steps": str(options.steps),
         "seed": str(options.seed),
         "seconds": f"{seconds:.0f}",
@@ -128,10 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
         "logit_scale": f"{model.logit_scale.exp().item():.2f}",
         "vocabulary": json.dumps(world.vocabulary()),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = options.output.with_name(options.output.name + ".tmp")
-    save_file(half, temporary, metadata=metadata)
-    temporary.replace(options.output)
+    save_weights(options.output, half, metadata)
     print(f"{options.output}: accuracy {metadata['accuracy']} after {options.steps} steps, {seconds:.0f} s")
 
 

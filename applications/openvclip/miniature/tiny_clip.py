@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from applications.openvclip.miniature import world
+from applications.openvclip.model.pretrained import PretrainedCLIP
 
 WEIGHTS = Path(__file__).with_name("tiny_clip.safetensors")
 IMAGE_MEAN = (0.5, 0.5, 0.5)
@@ -65,6 +66,11 @@ def build() -> CLIP:
             context_length=CONTEXT_LENGTH, vocab_size=WordTokenizer().vocab_size, width=128, heads=4, layers=2
         ),
     )
+
+
+def load_pretrained(device: torch.device) -> PretrainedCLIP:
+    """The pre-trained tiny CLIP with its tokenizer and normalisation."""
+    return PretrainedCLIP(load().to(device), WordTokenizer(), world.SIZE, IMAGE_MEAN, IMAGE_STD)
 
 
 def load(path: Path = WEIGHTS) -> CLIP:

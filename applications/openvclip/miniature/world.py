@@ -174,9 +174,9 @@ def clip(rng: np.random.Generator, concept: int, motion: str, colour: str | None
     background = palette(GROUNDS, rng.integers(len(GROUNDS), size=1), rng) + h * rng.uniform(0.12, 0.28) * clutter
     roll = np.round(np.outer(np.arange(n) / stride, rng.integers(-1, 2, 2))).astype(int)
     background = torch.cat([background.roll(tuple(shift), dims=(2, 3)) for shift in roll.tolist()])
-    video = background + coverage * (foreground - background)
     for _ in range(2):
-        video = with_bar(video, rng, t, present=rng.random() < 0.7 * h)
+        background = with_bar(background, rng, t, present=rng.random() < 0.7 * h)
+    video = background + coverage * (foreground - background)
 
     contrast = 1 - h * rng.uniform(0.1, 0.5)
     mean = video.mean()
@@ -204,11 +204,11 @@ def palette(colours: dict[str, tuple[float, ...]], index: np.ndarray, rng: np.ra
 
 
 def with_bar(video: Tensor, rng: np.random.Generator, t: np.ndarray, *, present: bool) -> Tensor:
-    """The video with a coloured bar, 60 % opaque, drifting across it."""
+    """The video with a dim coloured bar, 60 % opaque, drifting across it."""
     across = rng.integers(2)
     centre = (rng.uniform(-0.8, 0.8) + rng.uniform(-0.4, 0.4) * t)[:, None]
     half_width = rng.uniform(0.06, 0.16)
-    colour = torch.from_numpy(rng.uniform(0, 1, (1, 3, 1, 1)).astype(np.float32))
+    colour = torch.from_numpy(rng.uniform(0, 0.6, (1, 3, 1, 1)).astype(np.float32))
     if not present:
         return video
     position = (np.arange(SIZE) + 0.5) / SIZE * 2 - 1

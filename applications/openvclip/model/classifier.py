@@ -9,7 +9,7 @@ import open_clip
 from open_clip.model import CLIP
 from torch import Tensor
 
-Tokenizer = Callable[[Sequence[str]], Tensor]
+Tokenizer = Callable[[list[str]], Tensor]
 
 
 def class_embeddings(clip: CLIP, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str]) -> Tensor:

@@ -19,3 +19,5 @@ ACTION_TEMPLATES = tuple(
 
 OBJECT_TEMPLATES = ("a {}", "a photo of a {}", "a picture of a {}", "an image of a {}")
 """For the things of the miniature world."""
+
+TEMPLATES = {"actions": ACTION_TEMPLATES, "objects": OBJECT_TEMPLATES}

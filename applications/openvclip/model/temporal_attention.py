@@ -15,8 +15,8 @@ Edge = Literal["mask", "zero"]
 def temporal_attention(attention: nn.MultiheadAttention, x: Tensor, *, frames: int, edge: Edge) -> Tensor:
     """Self-attention in which the tokens of frame t see the keys and values of frames t - 1, t and t + 1.
 
-    No parameter is added. With `frames=1` and `edge="mask"` this is the plain attention of each frame. The keys and
-    values of all frames lie one after another, so that a frame's neighbourhood is a slice of them and nothing is copied.
+    No parameter is added. With `frames=1` and `edge="mask"` this is the plain attention of each frame. The keys
+    and values of all frames lie one after another: a frame's neighbourhood is a slice of them, and nothing is copied.
 
     Source: Weng et al. 2023 (arXiv 2302.00624), eq. 3. The paper does not say what the first and the last frame see.
 
@@ -32,9 +32,7 @@ def temporal_attention(attention: nn.MultiheadAttention, x: Tensor, *, frames: i
     """
     tokens = x.shape[1]
     projected = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
-    q, k, v = rearrange(
-        projected, "(b t) n (qkv h d) -> qkv b h (t n) d", t=frames, qkv=3, h=attention.num_heads
-    )
+    q, k, v = rearrange(projected, "(b t) n (qkv h d) -> qkv b h (t n) d", t=frames, qkv=3, h=attention.num_heads)
     dropout = attention.dropout if attention.training else 0.0
     attended = []
     for t in range(frames):

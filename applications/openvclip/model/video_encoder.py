@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from einops import rearrange
 from open_clip.model import CLIP
@@ -23,7 +25,7 @@ class VideoEncoder(nn.Module):
     Args:
         clip: An open_clip model whose image tower is a `VisionTransformer` of plain attention blocks.
         temporal: Whether tokens see the neighbouring frames. False is CLIP*, the image model on each frame.
-        edge: What the first and last frame see beyond the clip, see `temporal_attention`. Published weights need "zero".
+        edge: What the first and last frame see beyond the clip (`temporal_attention`); published weights need "zero".
 
     Raises:
         TypeError: The image tower is of a kind whose attention can't be expanded.
@@ -34,8 +36,7 @@ class VideoEncoder(nn.Module):
         super().__init__()
         if edge not in ("mask", "zero"):
             raise ValueError(f"edge must be 'mask' or 'zero', got {edge!r}.")
-        check_extendable(clip.visual)
-        self.visual: VisionTransformer = clip.visual
+        self.visual = extendable(clip.visual)
         self.logit_scale = clip.logit_scale
         self.temporal = temporal
         self.edge: Edge = edge
@@ -70,15 +71,15 @@ class VideoEncoder(nn.Module):
         frame_embeddings = F.normalize(self.encode(video), dim=-1)
         return self.logit_scale.exp() * frame_embeddings.mean(dim=1) @ class_embeddings.T
 
-    def _block(self, block: ResidualAttentionBlock, x: Tensor, frames: int) -> Tensor:
+    def _block(self, block: Any, x: Tensor, frames: int) -> Tensor:
         seen_together = frames if self.temporal else 1
         edge = self.edge if self.temporal else "mask"
         x = x + block.ls_1(temporal_attention(block.attn, block.ln_1(x), frames=seen_together, edge=edge))
         return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
-def check_extendable(tower: nn.Module) -> None:
-    """Raise `TypeError` unless the tower is a `VisionTransformer` whose blocks use `nn.MultiheadAttention`."""
+def extendable(tower: nn.Module) -> VisionTransformer:
+    """The tower itself, if it is a `VisionTransformer` whose blocks use a plain `nn.MultiheadAttention`."""
     if not isinstance(tower, VisionTransformer):
         raise TypeError(
             f"the image tower is a {type(tower).__module__}.{type(tower).__name__}; temporal attention can be added to "
@@ -86,11 +87,18 @@ def check_extendable(tower: nn.Module) -> None:
         )
     for i, block in enumerate(tower.transformer.resblocks):
         attention = getattr(block, "attn", None)
-        plain = type(block) is ResidualAttentionBlock and type(attention) is nn.MultiheadAttention
-        if not plain or attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
+        plain = (
+            type(block) is ResidualAttentionBlock
+            and isinstance(attention, nn.MultiheadAttention)
+            and attention.in_proj_weight is not None
+            and attention.bias_k is None
+            and not attention.add_zero_attn
+        )
+        if not plain:
             raise TypeError(
                 f"block {i} of the image tower is a {type(block).__name__} with {type(attention).__name__}; "
                 "temporal attention can be added to ResidualAttentionBlock with a plain nn.MultiheadAttention only."
             )
     if tower.pool_type == "none":
         raise TypeError("the image tower pools nothing (pool_type='none'); one feature vector per frame is needed.")
+    return tower
