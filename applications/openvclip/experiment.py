@@ -171,7 +171,8 @@ def evaluate(
     temporal = VideoEncoder(source.clip, edge=config.model.edge).eval()
     frame_wise = VideoEncoder(source.clip, temporal=False).eval()
     path = {
-        weight: patch(anchor, theta, anchor_weight=weight) for weight in sorted({*e.anchor_weights, e.anchor_weight})
+        weight: patch(anchor, theta, anchor_weight=weight)
+        for weight in sorted({0.0, *e.anchor_weights, e.anchor_weight})
     }
     scorers = {BASELINE: at_weights(frame_wise, anchor)}
     scorers |= {f"{weight:g}": at_weights(temporal, weights) for weight, weights in path.items()}

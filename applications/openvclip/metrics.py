@@ -13,4 +13,4 @@ def top_k_accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:
         labels: (videos,) indices of classes.
     """
     top = logits.topk(k, dim=1).indices
-    return (top == labels.unsqueeze(1)).any(dim=1).float().mean().item()
+    return (top == labels.unsqueeze(1)).any(dim=1).double().mean().item()

@@ -30,7 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(sys.argv[1:] if arguments is None else arguments)
     from applications.openvclip import experiment  # torch and the like take seconds; --help must not wait for them
 
-    experiment.train(config)
+    try:
+        experiment.train(config)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command with --output and the run's folder goes on from the last whole epoch")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from applications.openvclip.data.manifest import Manifest, read_manifest
 from applications.openvclip.miniature import glyphs, world
 from applications.openvclip.progress import progress_bar
 
-ENLARGED = 4  # a pixel of the world is 4 x 4 in the file, so that chroma subsampling costs no detail
+ENLARGED = 2  # a pixel of the world is 2 x 2 in the file, so that chroma subsampling costs no detail
 FRAME_RATE = 16
 ENCODER = {"preset": "veryfast", "crf": "10", "threads": "1"}
 ZERO_SHOT_SETS = ("zs_object", "zs_motion", "zs_colour", "images")
@@ -105,7 +105,7 @@ def render(recipe: ClipRecipe) -> np.ndarray:
 
 
 def write_video(path: Path, frames: np.ndarray) -> None:
-    """Write frames (T, 32, 32, 3) as a 128 x 128 h264 file; a file of that name is always whole."""
+    """Write frames (T, 32, 32, 3) as a 64 x 64 h264 file; a file of that name is always whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FRAME_RATE, options=ENCODER)
@@ -145,7 +145,11 @@ def prepare(seed: int, train_videos_per_class: int = 48, console: Console | None
                         progress.advance(task, done)
                     _write_manifest(folder / name / "manifest.csv", recipes)
     return {
-        name: read_manifest(folder / name / "manifest.csv", classes=list(dict.fromkeys(r.label for r in recipes)))
+        name: read_manifest(
+            folder / name / "manifest.csv",
+            classes=list(dict.fromkeys(recipe.label for recipe in recipes)),
+            name=f"miniature/{name}",
+        )
         for name, recipes in sets.items()
     }
 

@@ -46,20 +46,17 @@ def write_results(path: Path, results: list[SetResult], *, anchor_weight: float,
 
 
 def table(results: list[SetResult], anchor_weight: float) -> Table:
-    """Top-1 of CLIP*, of the fine-tuned average, and of the patched model, in percent; a column for each set."""
-    rows = {
-        BASELINE: {r.protocol: r.baseline for r in results},
-        "fine-tuned average, unpatched": {r.protocol: r.along_path.get(0.0) for r in results},
-        f"Open-VCLIP, anchor weight {anchor_weight:g}": {r.protocol: r.along_path[anchor_weight] for r in results},
-    }
-    table = Table(title="Top-1 accuracy (%)", caption="closed: the classes of training; the others were not trained on")
-    table.add_column("")
-    for result in results:
-        table.add_column(
-            f"{result.protocol}\n{result.classes} classes" + (", closed" if result.closed else ""), justify="right"
-        )
-    for name, values in rows.items():
-        table.add_row(name, *("" if value is None else f"{100 * value:.1f}" for value in values.values()))
+    """Top-1 of CLIP*, of the fine-tuned average, and of the patched model, in percent; a row for each set."""
+    table = Table(
+        "set", "classes", "videos", BASELINE, "fine-tuned,\nunpatched", f"Open-VCLIP,\nanchor {anchor_weight:g}"
+    )
+    table.title = "top-1 accuracy (%)"
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for r in results:
+        name = f"{r.protocol} (trained on)" if r.closed else r.protocol
+        accuracies = (r.baseline, r.along_path[0.0], r.along_path[anchor_weight])
+        table.add_row(name, str(r.classes), str(r.videos), *(f"{100 * accuracy:.1f}" for accuracy in accuracies))
     return table
 
 
@@ -71,21 +68,21 @@ def plot_tradeoff(path: Path, results: list[SetResult], anchor_weight: float) ->
     others = [r for r in results if not r.closed]
     if closed is None or not others:
         raise ValueError("a trade-off needs a set with the classes of training and one with others.")
-    figure = Figure(figsize=(3.2 * len(others), 3.6), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(others), 3.9), layout="constrained")
     for axes, other in zip(figure.subplots(1, len(others), squeeze=False)[0], others, strict=True):
         weights = sorted(other.along_path)
         x = [100 * closed.along_path[weight] for weight in weights]
         y = [100 * other.along_path[weight] for weight in weights]
         axes.plot(x, y, "o-", color="tab:blue", markersize=4, label="patched, by anchor weight")
         for weight, *point in zip(weights, x, y, strict=True):
-            axes.annotate(f"{weight:g}", point, textcoords="offset points", xytext=(5, 3), fontsize=8)
+            axes.annotate(f"{weight:g}", point, textcoords="offset points", xytext=(6, 4), fontsize=8)
         chosen = weights.index(anchor_weight)
         axes.plot(x[chosen], y[chosen], "o", color="tab:orange", markersize=9, zorder=3, label="Open-VCLIP")
         axes.plot(100 * closed.baseline, 100 * other.baseline, "*", color="black", markersize=13, label=BASELINE)
         axes.set(title=other.protocol, xlabel=f"{closed.protocol}, top-1 (%)")
-        axes.margins(0.12)
+        axes.margins(0.15)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("zero-shot top-1 (%)")
-    figure.axes[0].legend(fontsize=7)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     with mpl.rc_context({"savefig.dpi": 150}):
         figure.savefig(path)
