@@ -12,8 +12,8 @@ from torch import Tensor
 
 from applications.openvclip import checkpoint, metrics
 from applications.openvclip.config import Config, to_dict
-from applications.openvclip.data.dataset import ClipFormat, TestViews, TrainingClips
-from applications.openvclip.data.loader import TrainingOrder, test_loader, training_loader
+from applications.openvclip.data.dataset import ClipFormat, EvaluationViews, TrainingClips
+from applications.openvclip.data.loader import TrainingOrder, evaluation_loader, training_loader
 from applications.openvclip.data.manifest import Manifest, read_manifest
 from applications.openvclip.data.transforms import Augmentation, Normalisation
 from applications.openvclip.journal import Journal, provenance
@@ -55,7 +55,6 @@ def train(config: Config) -> RunFolder:
 
     report(config, folder, evaluate(config, source, anchor, theta, training_set.classes, test_sets))
     journal.write("end")
-    journal.close()
     return folder
 
 
@@ -185,8 +184,8 @@ def evaluate(
             classes = class_embeddings(
                 source.clip, source.tokenizer, test_set.classes, TEMPLATES[config.data.templates]
             )
-            views = TestViews(test_set, clip_format(config, source), e.views)
-            batches = test_loader(views, e.batch_size, config.data.workers)
+            views = EvaluationViews(test_set, clip_format(config, source), e.views)
+            batches = evaluation_loader(views, e.batch_size, config.data.workers)
             logits, labels = score(scorers, batches, classes, advance=lambda n: progress.advance(task, n))
             top1 = {name: metrics.top_k_accuracy(values, labels) for name, values in logits.items()}
             results.append(

@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -39,20 +40,17 @@ def command() -> str:
     return shlex.join([*program, *sys.argv[1:]])
 
 
+@dataclass(frozen=True)
 class Journal:
     """Appends events to a file; what was written before a crash stays readable."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+    path: Path
 
     def write(self, event: str, **values: Any) -> None:
         """Append one line: `{"event": event, "time": …, **values}`."""
         time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        self._file.write(json.dumps({"event": event, "time": time, **values}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, "time": time, **values}) + "\n")
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:

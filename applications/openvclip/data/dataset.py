@@ -63,13 +63,11 @@ class TrainingClips(Dataset[tuple[Tensor, int]]):
 
 
 @dataclass(frozen=True)
-class TestViews(Dataset[tuple[Tensor, int]]):
+class EvaluationViews(Dataset[tuple[Tensor, int]]):
     """Centre-cropped clips at evenly spread places of each video.
 
     Items are views (V, 3, T, H, W) float32 and the index of the class.
     """
-
-    __test__ = False  # no test, whatever pytest makes of the name
 
     manifest: Manifest
     format: ClipFormat
@@ -81,7 +79,7 @@ class TestViews(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         video = Video(self.manifest.paths[i])
         clips = [
-            transforms.test_clip(
+            transforms.evaluation_clip(
                 self.format.read(video, start), size=self.format.size, normalisation=self.format.normalisation
             )
             for start in view_starts(self.views)

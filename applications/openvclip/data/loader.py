@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import DataLoader
 
-from applications.openvclip.data.dataset import TestViews, TrainingClips
+from applications.openvclip.data.dataset import EvaluationViews, TrainingClips
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,6 @@ def training_loader(clips: TrainingClips, order: TrainingOrder, workers: int) ->
     return DataLoader(clips, batch_sampler=order, num_workers=workers, prefetch_factor=4 if workers else None)
 
 
-def test_loader(views: TestViews, batch_size: int, workers: int) -> DataLoader:
+def evaluation_loader(views: EvaluationViews, batch_size: int, workers: int) -> DataLoader:
     """Batches of views (B, V, 3, T, H, W) and labels (B,), every video once, in the order of the manifest."""
     return DataLoader(views, batch_size=batch_size, num_workers=workers)

@@ -48,7 +48,7 @@ def training_clip(
     return normalised(clip, normalisation)
 
 
-def test_clip(frames: np.ndarray, *, size: int, normalisation: Normalisation) -> Tensor:
+def evaluation_clip(frames: np.ndarray, *, size: int, normalisation: Normalisation) -> Tensor:
     """The clip at a short side of `size`, centre crop: (T, H, W, 3) uint8 → (3, T, size, size) float32."""
     return normalised(TF.center_crop(resized(frames, size), [size, size]), normalisation)
 

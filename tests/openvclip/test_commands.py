@@ -1,0 +1,156 @@
+"""The commands as a user runs them, on a corner of the miniature world and on all of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from applications.openvclip import evaluate, train
+from applications.openvclip.journal import read_journal
+from interpolate import WeightMismatchError
+from tests.openvclip.files import write_manifest
+
+
+def arguments(small_world: dict[str, Path], output: Path, *more: str) -> list[str]:
+    """A run of 3 epochs of 4 steps, averaged from the second epoch on."""
+    return [
+        *("miniature", "--output", str(output), "--data.train", str(small_world["train"])),
+        *("--data.test", str(small_world["closed"]), str(small_world["zs_object"])),
+        *("--optimization.batch-size", "4", "--averager.start-epoch", "1", "--data.workers", "1"),
+        *("--evaluation.anchor-weights", "0", "0.5", "1", *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(small_world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    train.main(arguments(small_world, folder))
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "averaged.safetensors")
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    assert all(torch.equal(tensor, weights(b)[name]) for name, tensor in weights(a).items())
+
+
+def test_a_run_leaves_its_results_and_how_they_were_made(run: Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    assert results["anchor_weight"] == 0.5
+    assert results["sets"]["closed"]["closed"] is True
+    assert results["sets"]["zs_object"]["closed"] is False
+    assert results["sets"]["zs_object"]["videos"] == 24
+    assert results["sets"]["zs_object"]["along_path"].keys() == {"0.0", "0.5", "1.0"}
+    assert results["config"]["optimization"]["batch_size"] == 4
+    assert results["provenance"]["versions"]["torch"]
+    assert (run / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+    events = [event["event"] for event in read_journal(run / "journal.jsonl")]
+    assert events == ["start", *(["step"] * 4 + ["checkpoint"]) * 3, "end"]
+
+
+def test_the_patched_weights_are_the_interpolation(run: Path, source) -> None:
+    patched = load_file(run / "patched.safetensors")
+    anchor = source.clip.state_dict()
+    assert patched.keys() == weights(run).keys() < anchor.keys()
+    for name, theta in weights(run).items():
+        torch.testing.assert_close(patched[name], 0.5 * anchor[name] + 0.5 * theta)
+    source.clip.load_state_dict(patched, strict=False)
+
+
+def test_the_same_seed_gives_the_same_bits(run: Path, small_world: dict[str, Path], tmp_path: Path) -> None:
+    train.main(arguments(small_world, tmp_path / "second"))
+    assert_same_weights(run, tmp_path / "second")
+
+
+def test_a_killed_run_goes_on_as_if_it_had_never_stopped(
+    run: Path, small_world: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "applications.openvclip.train", *arguments(small_world, folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    while not (folder / "training.pt").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "results.json").exists()
+    train.main(arguments(small_world, folder))
+    assert [e["event"] for e in read_journal(folder / "journal.jsonl")].count("resume") == 1
+    assert_same_weights(run, folder)
+
+
+def test_a_run_can_be_evaluated_again_at_other_anchor_weights(run: Path) -> None:
+    before = json.loads((run / "results.json").read_text())["sets"]["zs_object"]
+    evaluate.main([str(run), "--anchor-weights", "0.25", "1"])
+    after = json.loads((run / "results.json").read_text())["sets"]["zs_object"]
+    assert after["along_path"].keys() == {"0.0", "0.25", "0.5", "1.0"}
+    for weight in ("0.0", "0.5", "1.0"):
+        assert after["along_path"][weight] == before["along_path"][weight]
+    assert after["baseline"] == before["baseline"]
+
+
+def test_weights_from_another_anchor_are_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    with pytest.raises(FileNotFoundError, match="its training has not ended"):
+        evaluate.main([str(tmp_path)])
+    save_file(weights(run), tmp_path / "averaged.safetensors", {"anchor": "0123"})
+    with pytest.raises(WeightMismatchError, match="fingerprint 0123"):
+        evaluate.main([str(tmp_path)])
+
+
+def test_weights_of_another_architecture_are_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    with safe_open(run / "averaged.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    others = weights(run) | {"visual.conv1.weight": torch.zeros(128, 3, 16, 16)}
+    save_file(others, tmp_path / "averaged.safetensors", metadata)
+    with pytest.raises(WeightMismatchError, match=r"visual\.conv1\.weight: theta \(128, 3, 16, 16\), anchor"):
+        evaluate.main([str(tmp_path)])
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is no folder of a run"):
+        evaluate.main([str(tmp_path)])
+
+
+def test_a_corrupt_training_video_is_named(small_world: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "broken.mp4").write_bytes(b"\x00" * 100)
+    train_set = write_manifest(tmp_path / "m.csv", [("broken.mp4", "cloud")] * 4)
+    with pytest.raises(RuntimeError, match=r"broken\.mp4: 100 bytes, not a readable video"):
+        train.main(arguments(small_world, tmp_path / "run", "--data.train", str(train_set)))
+
+
+def test_an_unknown_model_is_named(small_world: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'ViT-B-61' is neither 'miniature' nor a model of open_clip"):
+        train.main(arguments(small_world, tmp_path / "run", "--model.name", "ViT-B-61"))
+
+
+@pytest.mark.slow
+def test_the_miniature_gains_closed_accuracy_and_keeps_the_open_vocabulary(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "applications.openvclip.train", "--output", str(tmp_path / "run")], check=True
+    )
+    sets = json.loads((tmp_path / "run" / "results.json").read_text())["sets"]
+    baseline, unpatched, patched = (
+        {name.removeprefix("miniature/"): take(values) for name, values in sets.items()}
+        for take in (
+            lambda values: values["baseline"],
+            lambda values: values["along_path"]["0.0"],
+            lambda values: values["along_path"]["0.5"],
+        )
+    )
+    assert patched["closed"] > baseline["closed"] + 0.2
+    assert sum(patched[name] > baseline[name] for name in ("zs_object", "zs_motion", "zs_colour")) >= 2
+    assert unpatched["images"] < baseline["images"] - 0.1
+    assert patched["images"] > unpatched["images"] + 0.05
