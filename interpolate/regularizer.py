@@ -22,7 +22,7 @@ class InterpolatedWeightRegularizer:
 
     The model is evaluated at the interpolated weights by `torch.func.functional_call`: no module is copied, buffers
     (BatchNorm statistics, counters) are those of the plain pass only. Parameters that are frozen or not floating point
-    are taken from the model as they are. Dropout draws a new mask in each pass.
+    are left to the plain pass, gradients included. Dropout draws a new mask in each pass.
 
     Source: Weng et al. 2023 (arXiv 2302.00624), eq. 6-9 and algorithm 1. Departs from the published code in that alpha
     is a function of (`seed`, step), so that a run can be repeated and resumed.
@@ -75,16 +75,10 @@ class InterpolatedWeightRegularizer:
         self.seed = seed
         self.interpolated_loss: Tensor | None = None
         """The loss at the interpolated weights of the last `backward`, detached; for logs."""
-        self._step = 0
-        self._spent = False
-        self._bound = _Bound(model)
-
-    @property
-    def step(self) -> int:
+        self.step = 0
         """How many alphas have been used up: one per `backward`, or per backward pass through a forward call."""
-        if self._spent:
-            self._step, self._spent = self._step + 1, False
-        return self._step
+        self._ended_by = -1
+        self._bound = _Bound(model)
 
     @property
     def alpha(self) -> float:
@@ -129,7 +123,7 @@ class InterpolatedWeightRegularizer:
 
         loss = loss_fn(self.model)
         loss.backward()
-        self._spent = True
+        self.step += 1
         return loss.detach()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -145,9 +139,7 @@ class InterpolatedWeightRegularizer:
         step, theta = self.step, self._trainable()
         tilde = {name: torch.lerp(p, self.anchor[name], self.alpha) for name, p in theta.items()}
         if torch.is_grad_enabled():
-            torch.autograd.graph.register_multi_grad_hook(
-                tuple(tilde.values()), lambda _: self._spend(step), mode="any"
-            )
+            torch.autograd.graph.register_multi_grad_hook(tuple(tilde.values()), lambda _: self._end(step), mode="any")
         return self._at(tilde, lambda model: model(*args, **kwargs))
 
     def state_dict(self) -> dict[str, Any]:
@@ -159,7 +151,7 @@ class InterpolatedWeightRegularizer:
         check_match(self.anchor, state["anchor"])
         for name, tensor in self.anchor.items():
             tensor.copy_(state["anchor"][name])
-        self._step, self._spent, self.seed = int(state["step"]), False, int(state["seed"])
+        self.step, self.seed = int(state["step"]), int(state["seed"])
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         """The model's trainable weights, in the order of the anchor, which follows them to their device and dtype."""
@@ -170,18 +162,22 @@ class InterpolatedWeightRegularizer:
 
     def _at(self, weights: Weights, function: Callable[[nn.Module], Any]) -> Any:
         """The value of a function of the model, computed with the given weights in place of its trainable ones."""
-        parameters = {f"model.{name}": p for name, p in (dict(self.model.named_parameters()) | dict(weights)).items()}
+        constants = {name: p.detach() for name, p in self.model.named_parameters()}
+        parameters = {f"model.{name}": p for name, p in (constants | dict(weights)).items()}
         buffers = {f"model.{name}": buffer.clone() for name, buffer in self.model.named_buffers()}
         return functional_call(self._bound, (parameters, buffers), (function,), strict=True)
 
-    def _spend(self, step: int) -> None:
-        if step != self.step:
+    def _end(self, step: int) -> None:
+        """Called in every backward pass through forward calls of `step`, once for each of these calls."""
+        backward_pass = torch._C._current_graph_task_id()  # as torch.autograd.graph tells them apart
+        if step == self.step:
+            self.step, self._ended_by = step + 1, backward_pass
+        elif backward_pass != self._ended_by:
             raise RuntimeError(
                 f"this backward pass goes through a forward pass of step {step}, but step {step} has ended: a backward "
                 "pass had already gone through it, and alpha and beta have moved on. Add the losses of one step up and "
                 "call backward once, or use regularizer.backward(loss_fn)."
             )
-        self._spent = True
 
 
 class _Bound(nn.Module):
