@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_modules import batch, identical, modules, moved, snapshot
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
 from interpolate import InterpolatedWeightRegularizer, WeightMismatchError, patch
@@ -38,9 +39,14 @@ def mse(x: Tensor, y: Tensor):
     return lambda model: F.mse_loss(model(x), y)
 
 
-@given(modules(), st.floats(0, 0.99), st.floats(0, 10), st.integers(0, 100))
-def test_gradients_are_those_of_an_explicit_copy(model, max_alpha, strength, seed):
-    regularizer = regularizer_away_from_anchor(model, max_alpha=max_alpha, strength=strength, seed=seed)
+STRATEGIES = "functional", "in_place"
+
+
+@given(modules(), st.floats(0, 0.99), st.floats(0, 10), st.integers(0, 100), st.sampled_from(STRATEGIES))
+def test_gradients_are_those_of_an_explicit_copy(model, max_alpha, strength, seed, strategy):
+    regularizer = regularizer_away_from_anchor(
+        model, max_alpha=max_alpha, strength=strength, seed=seed, strategy=strategy
+    )
     loss_fn = mse(*batch())
     expected = explicit_gradients(regularizer, loss_fn)
     after_plain_step = snapshot(copy.deepcopy(model))
@@ -58,18 +64,20 @@ def test_the_written_out_form_gives_the_same_gradients(model, seed):
     torch.testing.assert_close(gradients(model), expected)
 
 
-@given(modules())
-def test_buffers_change_as_in_a_plain_step(model):
+@given(modules(), st.sampled_from(STRATEGIES))
+def test_buffers_change_as_in_a_plain_step(model, strategy):
     loss_fn = mse(*batch())
-    plain, regularizer = copy.deepcopy(model), regularizer_away_from_anchor(model)
+    plain, regularizer = copy.deepcopy(model), regularizer_away_from_anchor(model, strategy=strategy)
     loss_fn(plain).backward()
     regularizer.backward(loss_fn)
     assert identical(snapshot(model), snapshot(plain))
 
 
-@given(modules())
-def test_gradients_accumulate(model):
-    regularizer = regularizer_away_from_anchor(model, max_alpha=0)  # alpha 0: both steps at the same weights
+@given(modules(), st.sampled_from(STRATEGIES))
+def test_gradients_accumulate(model, strategy):
+    regularizer = regularizer_away_from_anchor(
+        model, max_alpha=0, strategy=strategy
+    )  # alpha 0: always the same weights
     loss_fn = mse(*batch())
     once = explicit_gradients(regularizer, loss_fn)
     regularizer.backward(loss_fn)
@@ -155,9 +163,10 @@ def test_the_anchor_is_a_copy():
     assert torch.equal(regularizer.anchor["weight"], before)
 
 
-def test_an_exception_in_the_loss_leaves_the_weights_alone():
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_exception_in_the_loss_leaves_the_weights_alone(strategy: str):
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    regularizer, own = regularizer_away_from_anchor(model), snapshot(model)
+    regularizer, own = regularizer_away_from_anchor(model, strategy=strategy), snapshot(model)
 
     def failing(model: nn.Module) -> Tensor:
         model(torch.randn(4, 2))
@@ -169,28 +178,57 @@ def test_an_exception_in_the_loss_leaves_the_weights_alone():
     assert regularizer.step == 0
 
 
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.use_reentrant = use_reentrant
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(lambda x, layer=layer: layer(x).tanh(), x, use_reentrant=self.use_reentrant)
+        return x
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointed_layers_are_recomputed_at_the_interpolated_weights(use_reentrant: bool):
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            for layer in self.layers:
-                x = checkpoint(lambda x, layer=layer: layer(x).tanh(), x, use_reentrant=use_reentrant)
-            return x
-
-    model, x, y = Checkpointed(), torch.randn(8, 4, requires_grad=True), torch.randn(8, 4)
-    regularizer = regularizer_away_from_anchor(model)
+def test_checkpointed_layers_are_recomputed_at_the_interpolated_weights(use_reentrant: bool, strategy: str):
+    model, x, y = Checkpointed(use_reentrant), torch.randn(8, 4, requires_grad=True), torch.randn(8, 4)
+    regularizer = regularizer_away_from_anchor(model, strategy=strategy)
     expected = explicit_gradients(regularizer, mse(x, y))
     regularizer.backward(mse(x, y))
     torch.testing.assert_close(gradients(model), expected)
 
 
-def test_no_stale_cast_survives_autocast():
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_forward_calls_through_checkpointed_layers_are_refused(use_reentrant: bool):
+    regularizer = regularizer_away_from_anchor(Checkpointed(use_reentrant))
+    with pytest.raises(RuntimeError, match=r"gradient checkpointing .* Use regularizer\.backward\(loss_fn\)"):
+        regularizer(torch.randn(8, 4, requires_grad=True))
+
+
+def wrapped_checkpoints() -> nn.Module:
+    return nn.Sequential(checkpoint_wrapper(nn.Linear(4, 4)), nn.Tanh(), checkpoint_wrapper(nn.Linear(4, 4)))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_checkpoint_wrappers_put_no_prefix_before_names(strategy: str):
+    model, bare, loss_fn = (
+        wrapped_checkpoints(),
+        nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)),
+        mse(torch.randn(8, 4), torch.randn(8, 4)),
+    )
+    anchor = snapshot(bare)
+    bare.load_state_dict(trainable_weights(model))
+    for m in (model, bare):
+        InterpolatedWeightRegularizer(m, anchor=anchor, strategy=strategy).backward(loss_fn)
+    torch.testing.assert_close({n: p.grad for n, p in trainable_weights(model).items()}, gradients(bare))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_stale_cast_survives_autocast(strategy: str):
     model, x, y = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(4, 8), torch.randn(4, 8)
-    regularizer = regularizer_away_from_anchor(model)
+    regularizer = regularizer_away_from_anchor(model, strategy=strategy)
 
     def loss_fn(model: nn.Module) -> Tensor:
         return F.mse_loss(model(x).float(), y)
@@ -198,8 +236,198 @@ def test_no_stale_cast_survives_autocast():
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         expected = explicit_gradients(regularizer, loss_fn)
     with torch.autocast("cpu", torch.bfloat16):
+        loss_fn(model)  # leaves casts of theta in the cache
         regularizer.backward(loss_fn)
     torch.testing.assert_close(gradients(model), expected, rtol=0.05, atol=0.02)  # bf16 sums; a stale cast is 20 % off
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_grad_scaler_scales_both_passes(strategy: str):
+    model, (x, y) = nn.Linear(3, 3).double(), batch()
+    regularizer = regularizer_away_from_anchor(model, strategy=strategy)
+    expected = explicit_gradients(regularizer, mse(x, y))
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), torch.optim.SGD(model.parameters())
+    loss = regularizer.backward(lambda model: scaler.scale(F.mse_loss(model(x), y)))
+    torch.testing.assert_close(loss, 1024 * F.mse_loss(model(x), y).detach())
+    scaler.unscale_(optimizer)
+    torch.testing.assert_close(gradients(model), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_compiled_models_see_the_interpolated_weights(strategy: str):
+    model, (x, y) = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double(), batch()
+    compiled = torch.compile(model, backend="aot_eager")
+    regularizer = regularizer_away_from_anchor(model, strategy=strategy)
+    of_compiled = InterpolatedWeightRegularizer(compiled, anchor=regularizer.anchor, strategy=strategy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        expected = explicit_gradients(regularizer, mse(x, y))
+        of_compiled.backward(mse(x, y))
+        torch.testing.assert_close(gradients(model), expected)
+        regularizer.step += 1
+        optimizer.step()
+        optimizer.zero_grad()
+    if strategy == "functional":
+        expected = explicit_gradients(regularizer, mse(x, y))
+        (F.mse_loss(compiled(x), y) + of_compiled.beta * F.mse_loss(of_compiled(x), y)).backward()
+        torch.testing.assert_close(gradients(model), expected)
+
+
+def test_dropout_is_drawn_anew_in_each_pass():
+    model = nn.Sequential(nn.Linear(100, 100, bias=False), nn.Dropout(0.5))
+    outputs = []
+
+    def loss_fn(model: nn.Module) -> Tensor:
+        outputs.append(model(torch.ones(1, 100)))
+        return outputs[-1].sum()
+
+    InterpolatedWeightRegularizer(model).backward(loss_fn)  # at the anchor: both passes have the same weights
+    assert not torch.equal(*outputs)
+
+
+class SharedPart(nn.Module):
+    """One submodule under two names, used through both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.second = nn.Sequential(self.first, nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def test_a_submodule_under_two_names_is_swapped_in_place():
+    model, loss_fn = SharedPart().double(), mse(*batch())
+    regularizer = regularizer_away_from_anchor(model)
+    assert regularizer.strategy == "in_place"
+    expected = explicit_gradients(regularizer, loss_fn)
+    regularizer.backward(loss_fn)
+    torch.testing.assert_close(gradients(model), expected)
+    with pytest.raises(ValueError, match=r"one Linear is reachable under two names \('first' and 'second\.0'\)"):
+        regularizer_away_from_anchor(model, strategy="functional")
+
+
+def test_a_shared_activation_is_no_obstacle():
+    model = nn.Sequential(nn.Linear(1, 1), relu := nn.ReLU(), nn.Linear(1, 1), relu)
+    assert InterpolatedWeightRegularizer(model).strategy == "functional"
+
+
+def test_gradient_hooks_of_parameters_see_both_passes():
+    model, (x, y) = nn.Linear(3, 3).double(), batch()
+    model.weight.register_hook(lambda gradient: gradient * 0)
+    regularizer = regularizer_away_from_anchor(model)
+    assert regularizer.strategy == "in_place"
+    regularizer.backward(mse(x, y))
+    assert model.weight.grad.abs().max() == 0
+
+
+def test_an_optimizer_that_steps_within_backward_is_right_or_refused():
+    model, (x, y) = nn.Linear(3, 3).double(), batch()
+    regularizer = regularizer_away_from_anchor(model)
+    expected, own = explicit_gradients(regularizer, mse(x, y)), snapshot(model)
+    model.weight.register_post_accumulate_grad_hook(lambda p: [p.data.sub_(p.grad), None][1])
+    regularizer.backward(mse(x, y))
+    torch.testing.assert_close(model.weight.detach(), own["weight"] - expected["weight"])
+    with pytest.raises(ValueError, match=r"post-accumulate-grad hooks of weight while .*\(as asked\)"):
+        regularizer_away_from_anchor(model, strategy="in_place")
+
+
+class KeepsAlias(nn.Module):
+    """Holds its weight in a list as well, which functional_call can't know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.alias = [self.linear.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.alias[0], self.linear.bias)
+
+
+def test_a_loss_that_goes_around_the_interpolated_weights_is_refused():
+    model, loss_fn = KeepsAlias().double(), mse(*batch())
+    model.alias = [model.linear.weight]
+    with pytest.raises(RuntimeError, match=r"went around .*: 1 of the model's own weights \(linear\.weight\) got grad"):
+        regularizer_away_from_anchor(model).backward(loss_fn)
+    regularizer = regularizer_away_from_anchor(model, strategy="in_place")
+    model.zero_grad()
+    regularizer.backward(loss_fn)
+    anchor = {"weight": regularizer.anchor["linear.weight"], "bias": regularizer.anchor["linear.bias"]}
+    expected = explicit_gradients(InterpolatedWeightRegularizer(model.linear, anchor=anchor), loss_fn)
+    torch.testing.assert_close(gradients(model.linear), expected)
+
+
+def test_a_wrapper_that_can_not_be_right_is_refused():
+    with pytest.raises(ValueError, match=r"DataParallel is not supported\. Use DistributedDataParallel"):
+        InterpolatedWeightRegularizer(nn.DataParallel(nn.Linear(1, 1)))
+
+
+def linear_loss(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).mean()
+
+
+def test_split_passes_see_one_half_of_the_batch_each():
+    model, x = nn.Linear(3, 1, bias=False).double(), torch.randn(5, 3).double()
+    regularizer = regularizer_away_from_anchor(model, passes="split")
+    regularizer.backward(linear_loss, x)
+    # The gradient of a linear model is the mean of its inputs, whatever the weights.
+    expected = x[2:].mean(0) + regularizer.strength * x[:2].mean(0)
+    torch.testing.assert_close(model.weight.grad[0], expected)
+
+
+def test_split_halves_nested_batches():
+    seen = []
+
+    def loss_fn(model: nn.Module, batch: dict, scale: float) -> Tensor:
+        seen.append(({k: v.tolist() for k, v in batch.items()}, scale))
+        return model(batch["x"][:, None]).mean()
+
+    regularizer = InterpolatedWeightRegularizer(nn.Linear(1, 1), passes="split")
+    regularizer.backward(loss_fn, {"x": torch.tensor([1.0, 2.0]), "y": torch.tensor([3, 4])}, 0.5)
+    assert seen == [({"x": [1.0], "y": [3]}, 0.5), ({"x": [2.0], "y": [4]}, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("given_batch", "sizes"),
+    [((), "no tensor"), ((torch.zeros(1, 1),), "[1]"), ((torch.zeros(4), torch.zeros(2)), "[2, 4]")],
+)
+def test_a_batch_that_can_not_be_halved_is_refused(given_batch: tuple, sizes: str):
+    regularizer = InterpolatedWeightRegularizer(nn.Linear(1, 1), passes="split")
+    with pytest.raises(ValueError, match="passes='split' halves the batch") as error:
+        regularizer.backward(lambda model, *_: model(torch.ones(1)).sum(), *given_batch)
+    assert f"got {sizes}" in str(error.value)
+
+
+@pytest.mark.parametrize("passes", ["split", "random"])
+def test_one_pass_estimators_are_unbiased(passes: str):
+    model, (x, y) = nn.Linear(3, 3).double(), batch()
+    x, y = torch.cat([x, x]), torch.cat([y, y])  # both halves alike: what is left to average is the draw
+    regularizer = regularizer_away_from_anchor(model, passes=passes, strength=0.5, max_alpha=0.3)
+    n, expected, total = 2000, 0.0, 0.0
+    for _ in range(n):
+        expected += explicit_gradients(regularizer, mse(x, y))["weight"] / n
+        regularizer.backward(lambda model, x, y: F.mse_loss(model(x), y), x, y)
+        total += model.weight.grad / n
+        model.zero_grad()
+    # "random" has a standard error of about 1 % of the difference of the terms; "split" is exact here
+    torch.testing.assert_close(total, expected, rtol=0.05, atol=0.02 if passes == "random" else 1e-6)
+
+
+def test_random_passes_cost_one_evaluation():
+    calls = []
+    regularizer = InterpolatedWeightRegularizer(nn.Linear(1, 1), passes="random")
+    for _ in range(20):
+        regularizer.backward(lambda model: calls.append(1) or model(torch.ones(1)).sum())
+    assert len(calls) == 20
+
+
+def test_forward_calls_are_refused_for_one_pass_estimators():
+    regularizer = InterpolatedWeightRegularizer(nn.Linear(1, 1), passes="random")
+    with pytest.raises(RuntimeError, match=r"here strategy='functional', passes='random', model=Linear"):
+        regularizer(torch.ones(1))
 
 
 def test_the_step_of_a_forward_call_ends_with_its_backward():
@@ -238,6 +466,8 @@ def test_evaluating_at_interpolated_weights_uses_no_step_up():
         ({"max_alpha": float("nan")}, r"max_alpha .* must be in \[0, 1\), got nan"),
         ({"strength": -1.0}, r"strength must be finite and not negative, got -1\.0"),
         ({"strength": float("nan")}, r"strength must be finite and not negative, got nan"),
+        ({"passes": "one"}, "passes must be 'both', 'split' or 'random', got 'one'"),
+        ({"strategy": "swap"}, "strategy must be one of 'functional', 'in_place' or None, got 'swap'"),
         ({"strength": float("inf")}, r"strength must be finite and not negative, got inf"),
     ],
 )
