@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from interpolate.sharding import bare_name, inner, like, local, reshard
+
 Weights = Mapping[str, Tensor]
 """Named tensors, as `state_dict()` and `named_parameters()` give them."""
 
@@ -19,8 +21,13 @@ class WeightMismatchError(ValueError):
 
 
 def trainable_weights(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that take part in training: floating point, requiring gradients; tied ones once, by first name."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad and p.is_floating_point()}
+    """The parameters that take part in mixing: floating point, requiring gradients; tied ones once, by first name.
+
+    Names are those of the bare module, whatever wraps it; weights sharded by FSDP2 are its shards.
+    """
+    reshard(module)
+    parameters = inner(module).named_parameters()
+    return {bare_name(name): p for name, p in parameters if p.requires_grad and p.is_floating_point()}
 
 
 def check_match(theta: Weights, anchor: Weights) -> None:
@@ -33,7 +40,7 @@ def check_match(theta: Weights, anchor: Weights) -> None:
         if name in anchor and tensor.shape != anchor[name].shape
     ]
     problems = [
-        f"{len(names)} of {total} weights {what} ({_listed(names)})"
+        f"{len(names)} of {total} weights {what} ({listed(names)})"
         for names, total, what in (
             (missing, len(theta), "missing"),
             (unexpected, len(anchor), "unexpected"),
@@ -74,9 +81,10 @@ def applied(module: nn.Module, weights: Weights) -> Iterator[nn.Module]:
     """Put other weights into a module for the length of a `with` block; its own come back whatever happens.
 
     Args:
-        module: Any module. Its parameters are overwritten in place and restored at the end, so optimizers and other
-            holders of them are undisturbed. Do not train inside the block: what is learnt there is lost.
-        weights: Name → tensor, for some or all of the parameters and buffers.
+        module: Any module, wrapped in DDP or sharded by FSDP2 as it may be. Its parameters are overwritten in place
+            and restored at the end, so optimizers and other holders of them are undisturbed. Do not train inside the
+            block: what is learnt there is lost.
+        weights: Name → tensor, for some or all of the parameters and buffers, without wrappers' prefixes.
 
     Yields:
         The module itself.
@@ -91,31 +99,36 @@ def applied(module: nn.Module, weights: Weights) -> Iterator[nn.Module]:
         ...     model(torch.tensor([3.0])).item()
         6.0
     """
+    reshard(module)
+    model = inner(module)
     own = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
+        bare_name(name): tensor
+        for named in (model.named_parameters, model.named_buffers)
+        for name, tensor in named(remove_duplicate=False)
     }
     unknown = [name for name in weights if name not in own]
     if unknown:
-        raise WeightMismatchError(f"{len(unknown)} weights ({_listed(unknown)}) are not in {type(module).__name__}.")
+        raise WeightMismatchError(f"{len(unknown)} weights ({listed(unknown)}) are not in {type(module).__name__}.")
     targets = {name: own[name] for name in weights}
     check_match(targets, weights)
     backup = {name: target.detach().clone() for name, target in targets.items()}
     try:
         _overwrite(targets, weights)
+        reshard(module)
         yield module
     finally:
         _overwrite(targets, backup)
+        reshard(module)
 
 
 @torch.no_grad()
 def _overwrite(targets: Weights, values: Weights) -> None:
     for name, target in targets.items():
-        target.copy_(values[name])
+        local(target).copy_(local(like(values[name], target)))
     torch.clear_autocast_cache()  # or an enclosing autocast would go on with casts of the old values
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     names = list(names)
     rest = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + rest
