@@ -14,7 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from applications.openvclip import evaluate, train
+from applications.openvclip.data.dataset import ClipFormat, EvaluationViews
+from applications.openvclip.data.manifest import read_manifest
+from applications.openvclip.data.transforms import Normalisation
 from applications.openvclip.journal import read_journal
+from applications.openvclip.miniature import tiny_clip
+from applications.openvclip.model.classifier import class_embeddings
+from applications.openvclip.model.prompts import OBJECT_TEMPLATES
+from applications.openvclip.model.video_encoder import VideoEncoder
 from interpolate import WeightMismatchError
 from tests.openvclip.files import write_manifest
 
@@ -65,6 +72,35 @@ def test_the_patched_weights_are_the_interpolation(run: Path, source) -> None:
     for name, theta in weights(run).items():
         torch.testing.assert_close(patched[name], 0.5 * anchor[name] + 0.5 * theta)
     source.clip.load_state_dict(patched, strict=False)
+
+
+def test_the_accuracies_are_those_of_the_weights_that_they_are_said_to_be_of(
+    run: Path, small_world: dict[str, Path], source
+) -> None:
+    """Evaluated once more without any of the evaluation's code: one video, one model at a time."""
+    manifest = read_manifest(small_world["closed"])
+    clip = tiny_clip.load()
+    classes = class_embeddings(clip, source.tokenizer, manifest.classes, OBJECT_TEMPLATES)
+    clip_format = ClipFormat(4, 4, None, 32, Normalisation(source.image_mean, source.image_std))
+    videos = [views for views, _ in EvaluationViews(manifest, clip_format)]
+    temporal = VideoEncoder(tiny_clip.load())
+
+    def frame_by_frame(video: torch.Tensor) -> torch.Tensor:
+        frames = clip.encode_image(video[0].transpose(0, 1), normalize=True)
+        return (frames @ classes.T).mean(dim=0)
+
+    def accuracy(scores: list[torch.Tensor]) -> float:
+        return sum(int(score.argmax()) == label for score, label in zip(scores, manifest.labels, strict=True)) / len(
+            manifest
+        )
+
+    reported = json.loads((run / "results.json").read_text())["sets"]["closed"]
+    with torch.no_grad():
+        assert reported["baseline"] == pytest.approx(accuracy([frame_by_frame(video) for video in videos]))
+        assert reported["along_path"]["1.0"] == pytest.approx(accuracy([temporal(v, classes)[0] for v in videos]))
+        temporal.load_state_dict(weights(run))
+        assert reported["along_path"]["0.0"] == pytest.approx(accuracy([temporal(v, classes)[0] for v in videos]))
+    assert len({reported["baseline"], reported["along_path"]["0.0"], reported["along_path"]["0.5"]}) == 3
 
 
 def test_the_same_seed_gives_the_same_bits(run: Path, small_world: dict[str, Path], tmp_path: Path) -> None:
