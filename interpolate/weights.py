@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,8 @@ def trainable_weights(module: nn.Module) -> dict[str, nn.Parameter]:
     return {bare_name(name): p for name, p in parameters if p.requires_grad and p.is_floating_point()}
 
 
-def check_match(theta: Weights, anchor: Weights) -> None:
-    """Raise `WeightMismatchError` unless both hold tensors of the same names and shapes."""
+def check_match(theta: Mapping[str, Any], anchor: Mapping[str, Any]) -> None:
+    """Raise `WeightMismatchError` unless both hold the same names, with things of the same `shape`."""
     missing = [name for name in theta if name not in anchor]
     unexpected = [name for name in anchor if name not in theta]
     reshaped = [
@@ -64,16 +65,15 @@ def check_coefficient(name: str, value: float) -> None:
 def lerp(theta: Tensor, anchor: Tensor, anchor_weight: float) -> Tensor:
     """`anchor_weight * anchor + (1 - anchor_weight) * theta`, a new tensor in theta's dtype and on its device.
 
-    0 gives theta and 1 the anchor bit for bit, and so does any weight where both are equal (infinities included). Half
-    precision is mixed in float32 and rounded once.
+    0 gives theta and 1 the anchor bit for bit. Half precision is mixed in float32 and rounded once.
     """
-    anchor = anchor.to(theta.device)
-    if anchor_weight == 0 or torch.equal(theta, anchor.to(theta.dtype)):
-        return theta.detach().clone()
+    theta, anchor = theta.detach(), anchor.detach().to(theta.device)
+    if anchor_weight == 0:
+        return theta.clone()
     if anchor_weight == 1:
-        return anchor.detach().to(theta.dtype, copy=True)
+        return anchor.to(theta.dtype, copy=True)
     precision = torch.promote_types(torch.float32, theta.dtype)
-    return torch.lerp(theta.detach().to(precision), anchor.detach().to(precision), anchor_weight).to(theta.dtype)
+    return torch.lerp(theta.to(precision), anchor.to(precision), anchor_weight).to(theta.dtype)
 
 
 @contextmanager

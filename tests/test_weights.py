@@ -35,12 +35,6 @@ def test_tied_frozen_integer_and_complex_parameters_take_part_once_or_not_at_all
     assert list(trainable_weights(model)) == ["0.weight"]
 
 
-@given(st.floats(0, 1, exclude_min=True, exclude_max=True))
-def test_equal_weights_are_kept_bit_for_bit_infinities_included(anchor_weight: float):
-    mask = torch.tensor([0.1, -torch.inf, torch.inf])
-    assert torch.equal(lerp(mask, mask.clone(), anchor_weight), mask)
-
-
 @given(
     st.floats(0, 1, exclude_min=True, exclude_max=True), st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
 )
