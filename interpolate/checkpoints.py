@@ -132,12 +132,12 @@ class Checkpoint:
             yield from self._tensors[self.prefix + name].flatten().split(CHUNK)
             return
         file = self._open[entry.shard]
-        for start in range(0, max(1, entry.n_bytes), size := CHUNK * entry.dtype.itemsize):
-            piece = bytearray(min(size, entry.n_bytes - start))
-            file.seek(entry.start + start)
-            if file.readinto(piece) != len(piece):  # pyright: ignore[reportAttributeAccessIssue]
+        file.seek(entry.start)
+        for size in _sizes(math.prod(entry.shape)):
+            piece = torch.empty(size, dtype=entry.dtype)
+            if file.readinto(_bytes(piece)) != piece.nbytes:  # pyright: ignore[reportAttributeAccessIssue]
                 raise CheckpointError(f"{self.path}: {name} is cut off; fetch or write the file again.")
-            yield torch.frombuffer(piece, dtype=entry.dtype) if piece else torch.empty(0, dtype=entry.dtype)
+            yield piece
 
     def tied(self) -> list[tuple[str, ...]]:
         """Names that share their memory, in groups; safetensors files keep no such ties."""
@@ -288,7 +288,7 @@ def _write_safetensors(
 
 def _bytes(tensor: Tensor) -> Any:
     """The memory of a contiguous tensor as a buffer; numpy, which has no bfloat16, is not needed for it."""
-    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.numel() else b""
+    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.numel() else bytearray()
 
 
 @contextmanager
@@ -326,6 +326,10 @@ def _sync_folder(path: str | None) -> None:
         os.close(descriptor)
 
 
+def _sizes(n: int) -> list[int]:
+    return [CHUNK] * ((n - 1) // CHUNK) + [(n - 1) % CHUNK + 1] if n else [0]
+
+
 def _opened(path: str) -> Any:
     fs, target = fsspec.core.url_to_fs(path)
     return fs.open(target, "rb")
@@ -342,10 +346,10 @@ def _parsed(text: bytes, path: str) -> dict[str, Any]:
 
 
 def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
+    digest, piece = hashlib.sha256(), memoryview(bytearray(1 << 18))  # small enough to stay in the processor's cache
     with _opened(path) as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while n := file.readinto(piece):
+            digest.update(piece[:n])
     return digest.hexdigest()
 
 
