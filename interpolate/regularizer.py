@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from interpolate.sharding import inner, is_sharded, like
+from interpolate.sharding import inner, is_sharded, like, local
 from interpolate.strategies import STRATEGIES, call_at, choose_strategy
 from interpolate.weights import Weights, check_match, trainable_weights
 
@@ -194,7 +194,7 @@ class InterpolatedWeightRegularizer:
         """Continue where `state` was taken; the anchor comes back too, whatever the model's weights are now."""
         check_match(self.anchor, state["anchor"])
         for name, tensor in self.anchor.items():
-            tensor.copy_(state["anchor"][name])
+            local(tensor).copy_(local(like(state["anchor"][name], tensor)))
         self.step, self.seed = int(state["step"]), int(state["seed"])
 
     def _trainable(self) -> dict[str, nn.Parameter]:
