@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import os
-import statistics
 import subprocess
 import sys
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from interpolate import InterpolatedWeightRegularizer
 
 F = nn.functional
-RUNS = 9
+RUNS = 7
 
 
 def vit_b_32() -> tuple[nn.Module, Tensor, Tensor]:
@@ -86,13 +85,9 @@ def contenders(build) -> dict:
 def peak(model_name: str, kind: str) -> float:
     """Peak memory of one step in a process of its own, in copies of the parameters, above the model's own."""
     code = f"import iwr_step; print(iwr_step.peak_here({model_name!r}, {kind!r}))"
-    values = []
-    for _ in range(3):
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=os.path.dirname(__file__)
-        )
-        values.append(float(done.stdout.split()[-1]))
-    return statistics.median(values)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=os.path.dirname(__file__))
+    return float(done.stdout.split()[-1])
 
 
 def peak_here(model_name: str, kind: str) -> float:
