@@ -7,7 +7,7 @@ from interpolate.files import average_files, patch_files
 from interpolate.patching import patch, slerp, task_arithmetic, uniform_soup
 from interpolate.path import choose_anchor_weight, evaluate_path, greedy_soup
 from interpolate.regularizer import InterpolatedWeightRegularizer
-from interpolate.weights import WeightMismatchError, applied
+from interpolate.weights import WeightMismatchError, applied, load_weights
 
 __all__ = [
     "CheckpointError",
@@ -22,6 +22,7 @@ __all__ = [
     "choose_anchor_weight",
     "evaluate_path",
     "greedy_soup",
+    "load_weights",
     "patch",
     "patch_files",
     "reestimate_batchnorm",

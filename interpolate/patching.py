@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from interpolate.checkpoints import Checkpoint
+from interpolate.sharding import bare_name, inner
 from interpolate.weights import Weights, check_coefficient, check_match, lerp, listed
 
 Source: TypeAlias = "Weights | nn.Module | str | os.PathLike[str]"
@@ -44,8 +45,8 @@ def patch(anchor: Source, theta: Source, *, anchor_weight: Ratio) -> dict[str, T
             name pattern, the first that fits: `{"visual.*": 0.3, "*": 0.5}`.
 
     Returns:
-        New tensors in theta's dtype and on its device, under theta's names; nothing is shared with the inputs, and a
-        module's `load_state_dict` takes them.
+        New tensors in theta's dtype and on its device, under theta's names, without prefixes of wrappers; nothing is
+        shared with the inputs. `load_weights` puts them into a module.
 
     Raises:
         WeightMismatchError: Names or shapes differ; the message lists them.
@@ -218,7 +219,9 @@ def _tensors(source: Source) -> Weights:
     if isinstance(source, (str, os.PathLike)):
         with Checkpoint(source) as checkpoint:
             return {name: checkpoint.tensor(name) for name in checkpoint.entries}
-    return source.state_dict() if isinstance(source, nn.Module) else source
+    if isinstance(source, nn.Module):
+        return {bare_name(name): tensor for name, tensor in inner(source).state_dict().items()}
+    return source
 
 
 def _buffer_names(source: Source) -> set[str]:

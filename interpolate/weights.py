@@ -99,6 +99,43 @@ def applied(module: nn.Module, weights: Weights) -> Iterator[nn.Module]:
         ...     model(torch.tensor([3.0])).item()
         6.0
     """
+    targets = _targets(module, weights)
+    backup = {name: target.detach().clone() for name, target in targets.items()}
+    try:
+        _overwrite(targets, weights)
+        reshard(module)
+        yield module
+    finally:
+        _overwrite(targets, backup)
+        reshard(module)
+
+
+def load_weights(module: nn.Module, weights: Weights) -> None:
+    """Put weights into a module for good: `load_state_dict` for some of the weights, without its silence.
+
+    `load_state_dict(weights, strict=False)` ignores names that it does not know, for instance all of them in a module
+    that is wrapped by DDP or `torch.compile`; here they are an error.
+
+    Args:
+        module: Any module, wrapped or sharded as it may be.
+        weights: Name → tensor, for some or all of the parameters and buffers, without wrappers' prefixes.
+
+    Raises:
+        WeightMismatchError: A name is not one of the module's, or a shape differs; nothing has been changed then.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1)
+        >>> load_weights(model, {"weight": torch.tensor([[2.0]])})
+        >>> model.weight.item()
+        2.0
+    """
+    _overwrite(_targets(module, weights), weights)
+    reshard(module)
+
+
+def _targets(module: nn.Module, weights: Weights) -> dict[str, Tensor]:
+    """The module's own tensors of the names in `weights`, which must be of the same shapes."""
     reshard(module)
     model = inner(module)
     own = {
@@ -108,17 +145,10 @@ def applied(module: nn.Module, weights: Weights) -> Iterator[nn.Module]:
     }
     unknown = [name for name in weights if name not in own]
     if unknown:
-        raise WeightMismatchError(f"{len(unknown)} weights ({listed(unknown)}) are not in {type(module).__name__}.")
+        raise WeightMismatchError(f"{len(unknown)} weights ({listed(unknown)}) are not in {type(model).__name__}.")
     targets = {name: own[name] for name in weights}
     check_match(targets, weights)
-    backup = {name: target.detach().clone() for name, target in targets.items()}
-    try:
-        _overwrite(targets, weights)
-        reshard(module)
-        yield module
-    finally:
-        _overwrite(targets, backup)
-        reshard(module)
+    return targets
 
 
 @torch.no_grad()
