@@ -2,11 +2,15 @@
 
 from interpolate.averaging import EMAAverager, LAWAAverager, SWAAverager, WeightAverager
 from interpolate.batchnorm import reestimate_batchnorm
-from interpolate.patching import patch
+from interpolate.checkpoints import CheckpointError
+from interpolate.files import average_files, patch_files
+from interpolate.patching import patch, slerp, task_arithmetic, uniform_soup
+from interpolate.path import choose_anchor_weight, evaluate_path, greedy_soup
 from interpolate.regularizer import InterpolatedWeightRegularizer
-from interpolate.weights import WeightMismatchError, applied
+from interpolate.weights import WeightMismatchError, applied, load_weights
 
 __all__ = [
+    "CheckpointError",
     "EMAAverager",
     "InterpolatedWeightRegularizer",
     "LAWAAverager",
@@ -14,6 +18,15 @@ __all__ = [
     "WeightAverager",
     "WeightMismatchError",
     "applied",
+    "average_files",
+    "choose_anchor_weight",
+    "evaluate_path",
+    "greedy_soup",
+    "load_weights",
     "patch",
+    "patch_files",
     "reestimate_batchnorm",
+    "slerp",
+    "task_arithmetic",
+    "uniform_soup",
 ]

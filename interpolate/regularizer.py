@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from interpolate.sharding import inner, is_sharded, like
+from interpolate.sharding import inner, is_sharded, like, local
 from interpolate.strategies import STRATEGIES, call_at, choose_strategy
 from interpolate.weights import Weights, check_match, trainable_weights
+
+T = TypeVar("T")
 
 
 class InterpolatedWeightRegularizer:
@@ -130,17 +132,30 @@ class InterpolatedWeightRegularizer:
             RuntimeError: The loss was computed with other weights than those of the model given to `loss_fn`.
             ValueError: The batch can't be halved.
         """
-        theta = self._trainable()
         if self.passes == "random":
-            loss = self._either_pass(theta, loss_fn, batch)
+            loss = self._either_pass(loss_fn, batch)
         else:
             first, second = _halves(batch) if self.passes == "split" else (batch, batch)
             # This pass comes first: its graph and weights are gone when the plain pass begins, which lowers the peak
             # of memory, and DDP synchronises what both have left in .grad.
-            self.interpolated_loss = self._interpolated(theta, inner(self.model), loss_fn, first, self.strength)
+            self.interpolated_loss = self._interpolated(inner(self.model), loss_fn, first, self.strength)
             loss = _accumulate(self.model, loss_fn, second, 1)
         self.step += 1
         return loss
+
+    def run_interpolated(self, function: Callable[[nn.Module], T]) -> T:
+        """Call a function with the model at this step's interpolated weights, for trainers with a step of their own.
+
+        The function computes its loss with the model that it is given and calls backward on `strength` times it; the
+        gradients are added to the parameters' `.grad`. The trainer's plain pass comes afterwards and synchronises both
+        under DDP. With `strategy="in_place"`, its forward pass too must come afterwards.
+
+        Returns:
+            What the function returns.
+        """
+        result = self._run(inner(self.model), function)
+        self.step += 1
+        return result
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass at this step's interpolated weights, for loops that write the two terms themselves.
@@ -179,35 +194,32 @@ class InterpolatedWeightRegularizer:
         """Continue where `state` was taken; the anchor comes back too, whatever the model's weights are now."""
         check_match(self.anchor, state["anchor"])
         for name, tensor in self.anchor.items():
-            tensor.copy_(state["anchor"][name])
+            local(tensor).copy_(local(like(state["anchor"][name], tensor)))
         self.step, self.seed = int(state["step"]), int(state["seed"])
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         """The model's trainable weights, in the order of the anchor, which follows them to their device and dtype."""
         theta = trainable_weights(self.model)
+        if self.strategy == "functional" and any(map(is_sharded, theta.values())):
+            raise RuntimeError("the model has been sharded since the regularizer was made; make it after fully_shard.")
         check_match(theta, self.anchor)
         self.anchor = {name: like(self.anchor[name], p) for name, p in theta.items()}
         return theta
 
-    def _interpolated(
-        self,
-        theta: dict[str, nn.Parameter],
-        model: nn.Module,
-        loss_fn: Callable[..., Tensor],
-        batch: tuple,
-        factor: float,
-    ) -> Tensor:
-        """One pass at the interpolated weights; its loss."""
-        run = STRATEGIES[self.strategy]
-        return run(model, theta, self.anchor, self.alpha, lambda model: _accumulate(model, loss_fn, batch, factor))
+    def _run(self, model: nn.Module, function: Callable[[nn.Module], T]) -> T:
+        return STRATEGIES[self.strategy](model, self._trainable(), self.anchor, self.alpha, function)
 
-    def _either_pass(self, theta: dict[str, nn.Parameter], loss_fn: Callable[..., Tensor], batch: tuple) -> Tensor:
+    def _interpolated(self, model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple, factor: float) -> Tensor:
+        """One pass at the interpolated weights; its loss."""
+        return self._run(model, lambda model: _accumulate(model, loss_fn, batch, factor))
+
+    def _either_pass(self, loss_fn: Callable[..., Tensor], batch: tuple) -> Tensor:
         """One of the two passes, drawn in proportion to its weight, which makes its gradient an unbiased estimate."""
         total, generator = 1 + self.strength, self._generator()
         generator.random()  # the first draw is alpha
         if generator.random() * total < 1:
             return _accumulate(self.model, loss_fn, batch, total)
-        self.interpolated_loss = self._interpolated(theta, self.model, loss_fn, batch, total)
+        self.interpolated_loss = self._interpolated(self.model, loss_fn, batch, total)
         return self.interpolated_loss
 
     def _generator(self) -> random.Random:

@@ -157,9 +157,18 @@ def a_regularizer_resumes_on_shards(rank: int) -> None:
     first = InterpolatedWeightRegularizer(sharded(network()), anchor=anchor(), seed=3)
     first.backward(mse(*batch_of(rank)))
     second = InterpolatedWeightRegularizer(sharded(network()))
-    second.load_state_dict(first.state_dict())
+    for state in (first.state_dict(), {**first.state_dict(), "anchor": full(first.anchor)}):
+        second.load_state_dict(state)
     assert second.alpha == first.alpha
     torch.testing.assert_close(full(second.anchor), anchor(), rtol=0, atol=0)
+
+
+def a_model_sharded_after_its_regularizer_was_made_is_refused(rank: int) -> None:
+    model = network()
+    regularizer = InterpolatedWeightRegularizer(model)
+    sharded(model)
+    with pytest.raises(RuntimeError, match="sharded since the regularizer was made; make it after fully_shard"):
+        regularizer.backward(mse(*batch_of(rank)))
 
 
 def whole_weights_can_be_applied_to_shards(rank: int) -> None:
