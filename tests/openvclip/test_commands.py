@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from applications.openvclip import evaluate, train
+from applications.openvclip.data.decode import VideoReadError
 from applications.openvclip.journal import read_journal
 from interpolate import WeightMismatchError
 from tests.openvclip.files import write_manifest
@@ -47,10 +48,13 @@ def assert_same_weights(a: Path, b: Path) -> None:
 def test_a_run_leaves_its_results_and_how_they_were_made(run: Path) -> None:
     results = json.loads((run / "results.json").read_text())
     assert results["anchor_weight"] == 0.5
-    assert results["sets"]["closed"]["closed"] is True
-    assert results["sets"]["zs_object"]["closed"] is False
-    assert results["sets"]["zs_object"]["videos"] == 24
-    assert results["sets"]["zs_object"]["along_path"].keys() == {"0.0", "0.5", "1.0"}
+    assert results["protocols"]["closed"]["closed"] is True
+    zero_shot = results["protocols"]["zs_object"]
+    assert zero_shot["closed"] is False
+    assert zero_shot["videos"] == 24
+    assert zero_shot["unreadable"] == {}
+    assert len(zero_shot["hash"]) == 16
+    assert zero_shot["accuracy"].keys() == {"CLIP*", "0", "0.5", "1"}
     assert results["config"]["optimization"]["batch_size"] == 4
     assert results["provenance"]["versions"]["torch"]
     assert (run / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
@@ -91,13 +95,13 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(
 
 
 def test_a_run_can_be_evaluated_again_at_other_anchor_weights(run: Path) -> None:
-    before = json.loads((run / "results.json").read_text())["sets"]["zs_object"]
+    before = json.loads((run / "results.json").read_text())["protocols"]["zs_object"]
     evaluate.main([str(run), "--anchor-weights", "0.25", "1"])
-    after = json.loads((run / "results.json").read_text())["sets"]["zs_object"]
-    assert after["along_path"].keys() == {"0.0", "0.25", "0.5", "1.0"}
-    for weight in ("0.0", "0.5", "1.0"):
-        assert after["along_path"][weight] == before["along_path"][weight]
-    assert after["baseline"] == before["baseline"]
+    after = json.loads((run / "results.json").read_text())["protocols"]["zs_object"]
+    assert after["accuracy"].keys() == {"CLIP*", "0", "0.25", "0.5", "1"}
+    assert after["hash"] == before["hash"]
+    for scorer in ("CLIP*", "0", "0.5", "1"):
+        assert after["accuracy"][scorer] == before["accuracy"][scorer]
 
 
 def test_weights_from_another_anchor_are_refused(run: Path, tmp_path: Path) -> None:
@@ -124,10 +128,12 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
         evaluate.main([str(tmp_path)])
 
 
-def test_a_corrupt_training_video_is_named(small_world: dict[str, Path], tmp_path: Path) -> None:
+def test_training_on_nothing_but_corrupt_videos_ends_with_their_name(
+    small_world: dict[str, Path], tmp_path: Path
+) -> None:
     (tmp_path / "broken.mp4").write_bytes(b"\x00" * 100)
     train_set = write_manifest(tmp_path / "m.csv", [("broken.mp4", "cloud")] * 4)
-    with pytest.raises(RuntimeError, match=r"broken\.mp4: 100 bytes, not a readable video"):
+    with pytest.raises(VideoReadError, match=r"none of 10 videos in a row .*broken\.mp4: 100 bytes, not a readable"):
         train.main(arguments(small_world, tmp_path / "run", "--data.train", str(train_set)))
 
 
@@ -141,14 +147,10 @@ def test_the_miniature_gains_closed_accuracy_and_keeps_the_open_vocabulary(tmp_p
     subprocess.run(
         [sys.executable, "-m", "applications.openvclip.train", "--output", str(tmp_path / "run")], check=True
     )
-    sets = json.loads((tmp_path / "run" / "results.json").read_text())["sets"]
+    found = json.loads((tmp_path / "run" / "results.json").read_text())["protocols"]
     baseline, unpatched, patched = (
-        {name.removeprefix("miniature/"): take(values) for name, values in sets.items()}
-        for take in (
-            lambda values: values["baseline"],
-            lambda values: values["along_path"]["0.0"],
-            lambda values: values["along_path"]["0.5"],
-        )
+        {name.removeprefix("miniature/"): result["accuracy"][scorer]["top-1"][0] for name, result in found.items()}
+        for scorer in ("CLIP*", "0", "0.5")
     )
     assert patched["closed"] > baseline["closed"] + 0.2
     assert sum(patched[name] > baseline[name] for name in ("zs_object", "zs_motion", "zs_colour")) >= 2
