@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import cattrs
 
+Method = Literal["open-vclip", "fine-tuning", "iwr", "swa", "l2"]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -26,10 +28,15 @@ class ModelConfig:
 class DataConfig:
     """Which videos, and what a clip of them is."""
 
-    train: Path | None = None
-    """CSV manifest (path,label) to train on; by default the videos of the miniature."""
-    test: tuple[Path, ...] = ()
-    """CSV manifests to test on, a set each; by default those of the miniature."""
+    train: str | None = None
+    """Videos to train on: a folder of class folders or a list in any known layout; by default those of the
+    miniature."""
+    train_root: str | None = None
+    """Where the videos are that such a list names; by default the list's folder."""
+    train_names: str | None = None
+    """JSON file of class names to use instead of the tidied ones."""
+    test: tuple[str, ...] = ()
+    """The same to test on, a set each; by default those of the miniature."""
     templates: Literal["actions", "objects"] = "objects"
     """Sentences that class names are put into: the 28 published ones for actions, or 4 for objects."""
     frames: int = 4
@@ -38,6 +45,9 @@ class DataConfig:
     """Distance of neighbouring frames of a clip, in frames at target_fps."""
     target_fps: float | None = None
     """Frame rate in which stride counts; by default each video's own."""
+    sampler: Literal["dense", "slowfast-offset", "slowfast-uniform", "segment"] = "dense"
+    """How a clip's frames are placed: evenly, as the published code does with or without its offset sampling, or one
+    in each of as many equal segments."""
     max_short_side: float = 1.0
     """Training: the short side is drawn between the crop's and this many times it."""
     horizontal_flip: bool = False
@@ -46,6 +56,10 @@ class DataConfig:
     """Training: vary brightness, contrast and saturation by up to this fraction."""
     workers: int = 2
     """Processes that decode videos."""
+    time_limit_s: float = 60.0
+    """Seconds that reading one video may take; then its process is replaced, and the video counts as unreadable."""
+    cache_gb: float = 20.0
+    """Disk space for videos that are read from URLs."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +110,18 @@ class EvaluationConfig:
     """Weights of the anchor in the trade-off curve."""
     views: int = 1
     """Clips of each video, whose scores are added."""
+    crops: Literal[1, 3] = 1
+    """Crops of each clip along its longer side."""
     batch_size: int = 40
     """Videos at a time."""
+    protocols: tuple[str, ...] = ()
+    """Published protocols such as ucf101/EP1, or JSON files of your own; besides the sets of data.test."""
+    videos: dict[str, str] = field(default_factory=dict)
+    """Where the videos of each data set are: ucf101 FOLDER hmdb51 FOLDER, and so on."""
+    lists: dict[str, str] = field(default_factory=dict)
+    """Where the lists of each data set are that a protocol needs."""
+    unreadable: Literal["wrong", "left-out"] = "wrong"
+    """What a video is that can't be read: a wrong answer, or no part of the set."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +129,9 @@ class Config:
     """A complete run: train, average, patch, evaluate."""
 
     recipe: str
+    method: Method = "open-vclip"
+    """What to train with. The others are the paper's baselines: fine-tuning (with the patch at anchor weights above 0),
+    iwr or swa alone, and l2: averaging with a penalty on the distance to the anchor in place of iwr."""
     seed: int = 0
     """Of the sets of the miniature, the order of videos, their augmentation, and alpha."""
     output: Path | None = None

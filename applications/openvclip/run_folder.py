@@ -45,6 +45,16 @@ class RunFolder:
         return self.path / "results.json"
 
     @property
+    def markdown(self) -> Path:
+        """The results as tables."""
+        return self.path / "results.md"
+
+    @property
+    def logits(self) -> Path:
+        """The logits of evaluations, a folder for each pass."""
+        return self.path / "logits"
+
+    @property
     def plot(self) -> Path:
         return self.path / "tradeoff.png"
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from applications.openvclip.checkpoint import load_state, save_state
 from applications.openvclip.journal import Journal
+from applications.openvclip.l2_penalty import L2Penalty
 from applications.openvclip.progress import progress_bar
 from interpolate import InterpolatedWeightRegularizer, SWAAverager
 
@@ -54,7 +55,7 @@ class Trainer:
     """(K, E): the closed label set."""
     optimizer: torch.optim.Optimizer
     learning_rate: LearningRate
-    regularizer: InterpolatedWeightRegularizer
+    regularizer: InterpolatedWeightRegularizer | L2Penalty
     averager: SWAAverager
     max_gradient_norm: float
     journal: Journal
@@ -96,11 +97,10 @@ class Trainer:
         self.optimizer.zero_grad()
         loss = self.regularizer.backward(lambda model: F.cross_entropy(model(clips, self.class_embeddings), labels))
         interpolated_loss = self.regularizer.interpolated_loss
-        assert interpolated_loss is not None
         gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_gradient_norm)
         values = {
             "loss": loss.item(),
-            "interpolated_loss": interpolated_loss.item(),
+            **({} if interpolated_loss is None else {"interpolated_loss": interpolated_loss.item()}),
             "gradient_norm": gradient_norm.item(),
             "alpha": alpha,
             "learning_rate": learning_rate,

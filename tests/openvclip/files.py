@@ -7,13 +7,20 @@ import av
 import numpy as np
 
 
-def write_video(path: Path, frames: np.ndarray, codec: str = "libx264", rate: int = 25, **options: str) -> Path:
+def write_video(
+    path: Path,
+    frames: np.ndarray,
+    codec: str = "libx264",
+    rate: int = 25,
+    pixel_format: str = "yuv420p",
+    **options: str,
+) -> Path:
     """A video file of frames (T, H, W, 3) uint8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = pixel_format
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
@@ -31,3 +38,19 @@ def write_manifest(path: Path, rows: list[tuple[str, str]]) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("path", "label"), *rows])
     return path
+
+
+def numbered(n_frames: int, height: int = 96, width: int = 128) -> np.ndarray:
+    """Moving texture, with the index of each frame written in black and white squares along its upper edge."""
+    texture = np.random.default_rng(0).integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8)
+    texture = texture.repeat(8, axis=0).repeat(8, axis=1)
+    frames = np.stack([np.roll(texture, 3 * i, axis=1) for i in range(n_frames)])
+    for i, frame in enumerate(frames):
+        for bit in range(8):
+            frame[:8, 8 * bit : 8 * bit + 8] = 255 * (i >> bit & 1)
+    return frames
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+    """The indices that are written in frames of `numbered`."""
+    return [sum(int(frame[2:6, 8 * b + 2 : 8 * b + 6].mean() > 128) << b for b in range(8)) for frame in frames]

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from applications.openvclip.data.decode import Video
+from applications.openvclip.data.manifest import Manifest
 from applications.openvclip.miniature import glyphs, pretrain, tasks, tiny_clip, world
 
 
@@ -76,10 +77,13 @@ def test_sets_are_made_once_and_completed_after_an_interruption(
     def few(seed: int, train_videos_per_class: int) -> dict[str, list[tasks.ClipRecipe]]:
         return {name: recipes[:3] for name, recipes in drawn(seed, train_videos_per_class).items()}
 
+    def files(manifest: Manifest) -> list[Path]:
+        return [Path(manifest.location(i)) for i in range(len(manifest))]
+
     monkeypatch.setattr(tasks, "draw_sets", few)
     first = tasks.prepare(0, 1)
-    stamps = {path: path.stat().st_mtime_ns for manifest in first.values() for path in manifest.paths}
-    lost = first["closed"].paths[1]
+    stamps = {path: path.stat().st_mtime_ns for manifest in first.values() for path in files(manifest)}
+    lost = files(first["closed"])[1]
     lost.unlink()
     (lost.parent.parent / "manifest.csv").unlink(missing_ok=True)
     assert tasks.prepare(0, 1) == first

@@ -1,87 +1,86 @@
-"""Videos of a manifest as training clips and as test views."""
+"""Videos of a manifest as training clips and as test views: what a reading process does for a key."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from applications.openvclip.data import transforms
-from applications.openvclip.data.decode import Video
+from applications.openvclip.data.decode import Video, VideoReadError
 from applications.openvclip.data.manifest import Manifest
-from applications.openvclip.data.sampling import dense_clip, view_starts
-from applications.openvclip.data.transforms import Augmentation, Normalisation
+from applications.openvclip.data.sampling import Sampling
+from applications.openvclip.data.storage import Cache, FetchError
+from applications.openvclip.data.transforms import Augmentation
+
+TrainingKey = tuple[int, int, int]
+"""Epoch, index in the manifest, and how many other videos have been tried for it."""
+
+
+@contextmanager
+def opened(location: str, cache: Cache, short_side: int | None = None) -> Iterator[Video]:
+    """A video by path or URL, for the length of a `with` block; errors name it as the manifest does.
+
+    Raises:
+        VideoReadError: It could not be fetched or read; also for what goes wrong inside the block.
+    """
+    try:
+        with cache.local(location) as path:
+            try:
+                yield Video(path, short_side)
+            except VideoReadError as error:
+                raise VideoReadError(str(error).replace(str(path), location)) from error
+    except FetchError as error:
+        raise VideoReadError(str(error)) from error
 
 
 @dataclass(frozen=True)
-class ClipFormat:
-    """What a clip is: how many frames, how far apart, how large."""
+class TrainingClips:
+    """Augmented clips. A clip is a function of the seed, the epoch and the index alone, whoever asks for it, and when.
 
-    frames: int
-    """Frames of a clip."""
-    stride: float
-    """Distance of neighbouring frames of a clip, in frames at `target_fps`."""
-    target_fps: float | None
-    """Frame rate in which `stride` counts; None counts the video's own frames."""
-    size: int
-    """Height and width, in pixels."""
-    normalisation: Normalisation
-
-    def read(self, video: Video, start: float) -> np.ndarray:
-        """The frames of a clip that starts at a fraction of the possible range: (T, H, W, 3) uint8."""
-        stride = self.stride * (video.frames_per_second / self.target_fps if self.target_fps else 1)
-        return video.frames(dense_clip(len(video), frames=self.frames, stride=stride, start=start).tolist())
-
-
-@dataclass(frozen=True)
-class TrainingClips(Dataset[tuple[Tensor, int]]):
-    """Augmented clips. Item (epoch, i) is a function of the seed, the epoch and i alone, whoever asks for it, and when.
-
-    Items are a clip (3, T, H, W) float32 and the index of its class.
+    A key (epoch, i, 0) is video i; where it can't be read, (epoch, i, 1) is the first video to take its place, and so
+    on. Values are a clip (3, T, size, size) uint8 and the index of its class.
     """
 
     manifest: Manifest
-    format: ClipFormat
+    sampling: Sampling
+    size: int
     augmentation: Augmentation
     seed: int
+    cache: Cache
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, i = key
-        rng = np.random.default_rng([self.seed, epoch, i])
-        frames = self.format.read(Video(self.manifest.paths[i]), start=rng.random())
-        clip = transforms.training_clip(
-            frames,
-            size=self.format.size,
-            normalisation=self.format.normalisation,
-            augmentation=self.augmentation,
-            rng=rng,
-        )
-        return clip, self.manifest.labels[i]
+    def video(self, key: TrainingKey) -> int:
+        """The index in the manifest of the video that a key stands for."""
+        epoch, i, attempt = key
+        if attempt == 0:
+            return i
+        return int(np.random.default_rng([self.seed, epoch, i, attempt]).integers(len(self.manifest)))
+
+    def __call__(self, key: TrainingKey) -> tuple[np.ndarray, int]:
+        i = self.video(key)
+        rng = np.random.default_rng([self.seed, key[0], i])
+        short_side = self.augmentation.short_side(self.size, rng)
+        with opened(self.manifest.location(i), self.cache, short_side) as video:
+            frames = video.frames(self.sampling.training_clip(len(video), video.frames_per_second, rng).tolist())
+        clip = transforms.training_clip(frames, size=self.size, augmentation=self.augmentation, rng=rng)
+        return clip.numpy(), self.manifest.labels[i]
 
 
 @dataclass(frozen=True)
-class EvaluationViews(Dataset[tuple[Tensor, int]]):
-    """Centre-cropped clips at evenly spread places of each video.
+class EvaluationViews:
+    """All test views of a video from one decoding: location → (V, 3, T, size, size) uint8, a clip's crops together."""
 
-    Items are views (V, 3, T, H, W) float32 and the index of the class.
-    """
+    sampling: Sampling
+    size: int
+    cache: Cache
 
-    manifest: Manifest
-    format: ClipFormat
-    views: int = 1
-
-    def __len__(self) -> int:
-        return len(self.manifest)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        video = Video(self.manifest.paths[i])
-        clips = [
-            transforms.evaluation_clip(
-                self.format.read(video, start), size=self.format.size, normalisation=self.format.normalisation
-            )
-            for start in view_starts(self.views)
-        ]
-        return torch.stack(clips), self.manifest.labels[i]
+    def __call__(self, location: str) -> np.ndarray:
+        s = self.sampling
+        with opened(location, self.cache, self.size) as video:
+            indices = [s.test_clip(len(video), video.frames_per_second, view) for view in range(s.views)]
+            frames = video.frames(np.concatenate(indices).tolist())
+        clips = frames.reshape(s.views, s.frames, *frames.shape[1:])
+        crops = [transforms.evaluation_crops(clip, size=self.size, crops=s.crops).numpy() for clip in clips]
+        return np.concatenate(crops)

@@ -1,14 +1,20 @@
-"""Batches in an order that is a function of the seed and the step."""
+"""Batches for training, in an order that is a function of the seed and the step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from torch.utils.data import DataLoader
+import torch
+from torch import Tensor
 
-from applications.openvclip.data.dataset import EvaluationViews, TrainingClips
+from applications.openvclip.data.dataset import TrainingClips, TrainingKey
+from applications.openvclip.data.decode import VideoReadError
+from applications.openvclip.data.transforms import Normalisation, normalised
+from applications.openvclip.data.workers import Workers
+
+_ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,43 @@ class TrainingOrder:
             yield [(epoch, int(i)) for i in batch]
 
 
-def training_loader(clips: TrainingClips, order: TrainingOrder, workers: int) -> DataLoader:
-    """Batches of clips (B, 3, T, H, W) and labels (B,), one per step of `order`."""
-    return DataLoader(clips, batch_sampler=order, num_workers=workers, prefetch_factor=4 if workers else None)
+def training_batches(
+    clips: TrainingClips,
+    order: TrainingOrder,
+    normalisation: Normalisation,
+    *,
+    workers: int,
+    time_limit_s: float,
+    on_unreadable: Callable[[str, str], object] = lambda location, reason: None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of clips (B, 3, T, H, W) float32 and labels (B,), one per step of `order`.
 
+    A video that can't be read is replaced by another one, which depends on the seed, the epoch and its index alone.
 
-def evaluation_loader(views: EvaluationViews, batch_size: int, workers: int) -> DataLoader:
-    """Batches of views (B, V, 3, T, H, W) and labels (B,), every video once, in the order of the manifest."""
-    return DataLoader(views, batch_size=batch_size, num_workers=workers)
+    Args:
+        clips: What to read.
+        order: Which clips, when.
+        normalisation: Of the pixels.
+        workers: Processes that read videos.
+        time_limit_s: Seconds that reading one clip may take.
+        on_unreadable: Told the location of each video that was replaced, and why.
+
+    Raises:
+        VideoReadError: None of 10 videos that were to take one place could be read.
+    """
+    keys: list[TrainingKey] = [(epoch, i, 0) for batch in order for epoch, i in batch]
+    with Workers(clips, workers, time_limit_s) as pool:
+        batch: list[tuple[np.ndarray, int]] = []
+        for (epoch, i, _), value in zip(keys, pool.map(keys, ahead=max(4 * workers, order.batch_size)), strict=True):
+            attempt = 0
+            while isinstance(value, VideoReadError):
+                on_unreadable(clips.manifest.location(clips.video((epoch, i, attempt))), str(value))
+                attempt += 1
+                if attempt == _ATTEMPTS:
+                    raise VideoReadError(f"none of {_ATTEMPTS} videos in a row can be read; the last: {value}")
+                value = pool.ask((epoch, i, attempt))
+            batch.append(value)
+            if len(batch) == order.batch_size:
+                stacked = torch.from_numpy(np.stack([clip for clip, _ in batch]))
+                yield normalised(stacked, normalisation), torch.tensor([label for _, label in batch])
+                batch = []

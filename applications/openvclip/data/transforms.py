@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 
@@ -22,6 +22,10 @@ class Augmentation:
     colour_jitter: float = 0.0
     """Brightness, contrast and saturation are multiplied by factors drawn from 1 - this to 1 + this."""
 
+    def short_side(self, size: int, rng: np.random.Generator) -> int:
+        """The short side of a clip before cropping, in pixels."""
+        return round(size * rng.uniform(1.0, self.max_short_side))
+
 
 @dataclass(frozen=True)
 class Normalisation:
@@ -31,11 +35,9 @@ class Normalisation:
     std: tuple[float, ...]
 
 
-def training_clip(
-    frames: np.ndarray, *, size: int, normalisation: Normalisation, augmentation: Augmentation, rng: np.random.Generator
-) -> Tensor:
-    """A randomly resized, cropped, mirrored and coloured clip: (T, H, W, 3) uint8 → (3, T, size, size) float32."""
-    clip = resized(frames, round(size * rng.uniform(1.0, augmentation.max_short_side)))
+def training_clip(frames: np.ndarray, *, size: int, augmentation: Augmentation, rng: np.random.Generator) -> Tensor:
+    """A randomly cropped, mirrored and coloured clip: (T, H, W, 3) uint8 → (3, T, size, size) uint8."""
+    clip = torch.from_numpy(frames).permute(0, 3, 1, 2)
     top, left = (int(rng.integers(side - size + 1)) for side in clip.shape[-2:])
     clip = TF.crop(clip, top, left, size, size)
     if augmentation.horizontal_flip and rng.random() < 0.5:
@@ -45,21 +47,22 @@ def training_clip(
         clip = TF.adjust_brightness(clip, brightness)
         clip = TF.adjust_contrast(clip, contrast)
         clip = TF.adjust_saturation(clip, saturation)
-    return normalised(clip, normalisation)
-
-
-def evaluation_clip(frames: np.ndarray, *, size: int, normalisation: Normalisation) -> Tensor:
-    """The clip at a short side of `size`, centre crop: (T, H, W, 3) uint8 → (3, T, size, size) float32."""
-    return normalised(TF.center_crop(resized(frames, size), [size, size]), normalisation)
-
-
-def resized(frames: np.ndarray, short_side: int) -> Tensor:
-    """(T, H, W, 3) uint8 → (T, 3, H', W') uint8 with a short side of `short_side` pixels."""
-    clip = torch.from_numpy(frames).permute(0, 3, 1, 2)
-    return TF.resize(clip, [short_side], interpolation=InterpolationMode.BICUBIC, antialias=True)
-
-
-def normalised(clip: Tensor, normalisation: Normalisation) -> Tensor:
-    """(T, 3, H, W) uint8 → (3, T, H, W) float32 of zero mean and unit variance."""
-    clip = TF.normalize(TF.to_dtype(clip, torch.float32, scale=True), list(normalisation.mean), list(normalisation.std))
     return clip.transpose(0, 1).contiguous()
+
+
+def evaluation_crops(frames: np.ndarray, *, size: int, crops: int) -> Tensor:
+    """The centre, or the first, centre and last crop of the longer side: (T, H, W, 3) → (crops, 3, T, size, size)."""
+    clip = torch.from_numpy(frames).permute(3, 0, 1, 2)
+    slack = [side - size for side in clip.shape[-2:]]
+    offsets = [0.5] if crops == 1 else [0.0, 0.5, 1.0]
+    cut = []
+    for offset in offsets:
+        top, left = (math.ceil(s * (offset if s == max(slack) else 0.5)) for s in slack)
+        cut.append(clip[..., top : top + size, left : left + size])
+    return torch.stack(cut)
+
+
+def normalised(clips: Tensor, normalisation: Normalisation) -> Tensor:
+    """(…, 3, T, H, W) uint8 → the same in float32, with the mean and deviation that the model expects."""
+    mean, std = (torch.tensor(v, device=clips.device).view(3, 1, 1, 1) for v in (normalisation.mean, normalisation.std))
+    return (clips.float() / 255).sub_(mean).div_(std)

@@ -1,14 +1,26 @@
-"""One pass over the videos of a set, scored by any number of models."""
+"""One pass over the videos for all protocols and all weights: each video is decoded once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from applications.openvclip import distributed
+from applications.openvclip.data.dataset import EvaluationViews
+from applications.openvclip.data.decode import VideoReadError
+from applications.openvclip.data.sampling import Sampling
+from applications.openvclip.data.storage import Cache
+from applications.openvclip.data.transforms import Normalisation, normalised
+from applications.openvclip.data.workers import Workers
+from applications.openvclip.zeroshot.logits import LogitFiles
+from applications.openvclip.zeroshot.protocols import Protocol
 from interpolate.weights import Weights
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
@@ -20,31 +32,121 @@ def at_weights(model: nn.Module, weights: Weights) -> Scorer:
     return lambda clips, class_embeddings: functional_call(model, dict(weights), (clips, class_embeddings))
 
 
+@dataclass(frozen=True)
+class Pass:
+    """Videos to look at once, for all protocols that share their folder, their sentences and their views."""
+
+    videos: tuple[str, ...]
+    """Locations, each once."""
+    classes: tuple[str, ...]
+    """Every class that competes in one of the protocols, each once."""
+    templates: tuple[str, ...]
+    sampling: Sampling
+
+
+def plan(protocols: Sequence[Protocol]) -> dict[Pass, list[Protocol]]:
+    """The passes that the protocols need, and which of them each is for."""
+    groups: dict[tuple, list[Protocol]] = {}
+    for protocol in protocols:
+        roots = tuple(sorted({part.root for part in protocol.parts}))
+        groups.setdefault((roots, protocol.templates, protocol.sampling), []).append(protocol)
+    passes = {}
+    for (_, templates, sampling), group in groups.items():
+        parts = [part for protocol in group for part in protocol.parts]
+        videos = dict.fromkeys(part.location(i) for part in parts for i in range(len(part)))
+        classes = dict.fromkeys(name for part in parts for name in part.classes)
+        passes[Pass(tuple(videos), tuple(classes), templates, sampling)] = group
+    return passes
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How videos are read."""
+
+    size: int
+    """Height and width of frames, in pixels."""
+    normalisation: Normalisation
+    workers: int
+    time_limit_s: float
+    """Seconds that one video may take."""
+    batch_size: int
+    """Videos at a time."""
+    cache: Cache
+
+
 @torch.inference_mode()
-def score(
+def look(
+    one: Pass,
     scorers: Mapping[str, Scorer],
-    batches: Iterable[tuple[Tensor, Tensor]],
     class_embeddings: Tensor,
+    reading: Reading,
+    folder: Path,
+    *,
+    weights: str,
     advance: Callable[[int], object] = lambda n: None,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Logits of every video by every scorer; each video is decoded once.
+) -> LogitFiles:
+    """Score the videos of a pass that have no logits yet; torchrun's processes share them.
 
     Args:
+        one: The pass.
         scorers: What to evaluate, by name.
-        batches: Views (B, V, 3, T, H, W) and labels (B,).
-        class_embeddings: (K, E): the label set.
-        advance: Told how many videos are done after each batch.
+        class_embeddings: (K, E): those of the pass's classes.
+        reading: How videos are read.
+        folder: Where the logits are kept; the same pass there is continued.
+        weights: A fingerprint of what the scorers compute with, to tell passes apart.
+        advance: Told how many videos of this process are done after each batch.
 
     Returns:
-        For each scorer (videos, K) float32, the sum over views of a video; and the labels (videos,).
+        The logits, complete when all processes have returned. A view's logits are kept apart from the others'.
+
+    Raises:
+        FloatingPointError: A score is not finite.
     """
-    logits: dict[str, list[Tensor]] = {name: [] for name in scorers}
-    labels = []
-    for views, label in batches:
-        clips = rearrange(views.to(class_embeddings.device), "b v c t h w -> (b v) c t h w")
-        for name, scorer in scorers.items():
-            scores = scorer(clips, class_embeddings).float()
-            logits[name].append(rearrange(scores, "(b v) k -> b v k", v=views.shape[1]).sum(dim=1).cpu())
-        labels.append(label)
-        advance(len(label))
-    return {name: torch.cat(parts) for name, parts in logits.items()}, torch.cat(labels)
+    views = one.sampling.views * one.sampling.crops
+    content = {
+        "weights": weights,
+        "templates": list(one.templates),
+        "sampling": asdict(one.sampling),
+        "size": reading.size,
+        "scorers": list(scorers),
+        "views": views,
+        "classes": list(one.classes),
+        "videos": list(one.videos),
+    }
+    files = LogitFiles(folder, content)
+    if distributed.rank() == 0:
+        files.prepare()
+    distributed.barrier()
+    done = files.done()
+    distributed.barrier()  # nobody writes before everybody has read what is left
+    left = [i for i in range(len(one.videos)) if i not in done][distributed.rank() :: distributed.world_size()]
+    advance(len(one.videos) if not left else 0)
+    with Workers(
+        EvaluationViews(one.sampling, reading.size, reading.cache), reading.workers, reading.time_limit_s
+    ) as pool:
+        values = pool.map(one.videos[i] for i in left)
+        for first in range(0, len(left), reading.batch_size):
+            chunk = [(i, next(values)) for i in left[first : first + reading.batch_size]]
+            read = [(i, clips) for i, clips in chunk if not isinstance(clips, VideoReadError)]
+            if read:
+                clips = torch.from_numpy(np.stack([clips for _, clips in read])).to(class_embeddings.device)
+                logits = _score(scorers, normalised(clips, reading.normalisation), class_embeddings)
+                files.append(distributed.rank(), [i for i, _ in read], logits)
+            for i, value in chunk:
+                if isinstance(value, VideoReadError):
+                    files.append_unreadable(distributed.rank(), i, str(value))
+            advance(len(chunk))
+    distributed.barrier()
+    return files
+
+
+def _score(scorers: Mapping[str, Scorer], views: Tensor, class_embeddings: Tensor) -> np.ndarray:
+    """Views (B, V, 3, T, H, W) → logits (B, scorers, V, K) float32."""
+    clips = rearrange(views, "b v c t h w -> (b v) c t h w")
+    logits = []
+    for name, scorer in scorers.items():
+        scores = scorer(clips, class_embeddings).float()
+        if not scores.isfinite().all():
+            raise FloatingPointError(f"the scores of {name} are not finite; look for nan or inf in its weights.")
+        logits.append(rearrange(scores, "(b v) k -> b v k", v=views.shape[1]).cpu())
+    return torch.stack(logits, dim=1).numpy()

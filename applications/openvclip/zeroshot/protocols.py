@@ -1,0 +1,221 @@
+"""Evaluation protocols as data: which videos, which classes compete, in which splits, which sentences and views."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import cattrs
+import numpy as np
+
+from applications.openvclip.data import layouts, storage
+from applications.openvclip.data.manifest import Manifest
+from applications.openvclip.data.sampling import Sampling
+from applications.openvclip.model.prompts import ACTION_TEMPLATES, TEMPLATES
+
+Unreadable = Literal["wrong", "left-out"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What an accuracy is measured on. Its parts are measured one by one; their mean and deviation are the result."""
+
+    name: str
+    parts: tuple[Manifest, ...]
+    """Videos, and the classes that compete for them."""
+    templates: tuple[str, ...] = ACTION_TEMPLATES
+    """Sentences that class names are put into."""
+    sampling: Sampling = field(default_factory=Sampling)
+    top_k: tuple[int, ...] = (1,)
+    unreadable: Unreadable = "wrong"
+    """What a video is that can't be read: a wrong answer, or no part of the set."""
+    closed: bool = False
+    """Whether the classes are those of training; no part of the hash."""
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            if max(self.top_k) > len(part.classes):
+                raise ValueError(
+                    f"{self.name}: top-{max(self.top_k)} says nothing of {len(part.classes)} classes ({part.name})."
+                )
+
+    @property
+    def hash(self) -> str:
+        """16 hexadecimal digits of everything that decides the result: equal hashes, comparable figures.
+
+        A video counts by its file name without suffix and its class, wherever it is stored.
+        """
+        content = {
+            "parts": [
+                {
+                    "classes": part.classes,
+                    "videos": sorted(
+                        (PurePosixPath(path).stem, part.classes[label])
+                        for path, label in zip(part.paths, part.labels, strict=True)
+                    ),
+                }
+                for part in self.parts
+            ],
+            "templates": self.templates,
+            # 16 and 16.0 are the same stride
+            "sampling": {k: float(v) if isinstance(v, int) else v for k, v in asdict(self.sampling).items()},
+            "top_k": self.top_k,
+            "unreadable": self.unreadable,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the videos and the lists of a data set are, as paths or URLs."""
+
+    videos: str
+    """Folder of the videos."""
+    lists: str | None = None
+    """Folder of lists: those of the Open-VCLIP release (`ucf101_full`, `hmdb_split1`, …), or the official ones."""
+    seed: int = 0
+    """Of the halves of EP1, where no list gives them."""
+
+
+def named(name: str, sources: Mapping[str, Sources], unreadable: Unreadable = "wrong") -> Protocol:
+    """A protocol of the registry, or from a file.
+
+    Args:
+        name: Such as "ucf101/EP1"; or a `.json` file (`read_protocol`).
+        sources: Of each data set, by the name before the slash.
+        unreadable: What a video is that can't be read.
+
+    Raises:
+        ValueError: There is no such protocol, or its data set is not among the sources.
+        FileNotFoundError: A list that it needs is missing.
+    """
+    if name.endswith(".json"):
+        return read_protocol(name, unreadable)
+    if name not in REGISTRY:
+        raise ValueError(f"{name!r} is not a protocol; there are {', '.join(REGISTRY)}, and files ending in .json.")
+    data_set = name.partition("/")[0]
+    if data_set not in sources:
+        raise ValueError(f"{name} needs to know where its videos are: --videos {data_set} FOLDER.")
+    top_k = (1, 5) if name == "kinetics600/zero-shot" else (1,)
+    parts = REGISTRY[name](sources[data_set])
+    return Protocol(name, parts, top_k=top_k, unreadable=unreadable, closed=name.endswith("/closed"))
+
+
+def read_protocol(source: str, unreadable: Unreadable = "wrong") -> Protocol:
+    """Your own protocol, as JSON.
+
+    `{"name": …, "parts": [{"source": …, "root": …, "names": …, "classes": […]}], "templates": "actions",
+    "sampling": {"frames": 8, …}, "top_k": [1, 5]}`. A part's source and names are read as by
+    `applications.openvclip.data.layouts.read_dataset`, relative to the file; only `name` and `parts` are required.
+
+    Raises:
+        ValueError: A field is unknown or of another kind, or a part has no class that is asked for.
+    """
+    content: dict[str, Any] = json.loads(storage.read_text(source))
+    unknown = content.keys() - {"name", "parts", "templates", "sampling", "top_k"}
+    if unknown or not {"name", "parts"} <= content.keys():
+        raise ValueError(f"{source}: name and parts are required; unknown: {', '.join(unknown) or 'nothing'}.")
+    folder = storage.parent(source)
+    parts = []
+    for i, part in enumerate(content["parts"]):
+        read = {key: storage.join(folder, part[key]) for key in ("source", "root", "names") if key in part}
+        manifest = layouts.read_dataset(**read, name=f"{content['name']}/{i}")
+        missing = set(part.get("classes", ())) - set(manifest.classes)
+        if missing:
+            raise ValueError(f"{source}: {sorted(missing)[0]!r} is not a class of {part['source']}.")
+        parts.append(manifest.of_classes(part.get("classes", manifest.classes), manifest.name))
+    templates = content.get("templates", "actions")
+    return Protocol(
+        content["name"],
+        tuple(parts),
+        TEMPLATES[templates] if isinstance(templates, str) else tuple(templates),
+        cattrs.Converter(forbid_extra_keys=True).structure(content.get("sampling", {}), Sampling),
+        tuple(content.get("top_k", (1,))),
+        unreadable,
+    )
+
+
+def halves(manifest: Manifest, *, seed: int, n: int = 10) -> tuple[Manifest, ...]:
+    """EP1: n times, half of the classes (rounded down) at random, a function of the seed."""
+    parts = []
+    for i in range(n):
+        classes = np.random.default_rng([seed, i]).permutation(manifest.classes)[: len(manifest.classes) // 2]
+        parts.append(manifest.of_classes(set(classes.tolist()), f"{manifest.name}/half {i}"))
+    return tuple(parts)
+
+
+def _release(sources: Sources, folder: str) -> Manifest | None:
+    """A list of the release, if there is one."""
+    if sources.lists is None:
+        return None
+    source = f"{sources.lists.rstrip('/')}/{folder}/test.csv"
+    return layouts.release_csv(source, sources.videos) if storage.exists(source) else None
+
+
+def _published_halves(
+    folder: str, whole: Callable[[Sources], tuple[Manifest, ...]]
+) -> Callable[[Sources], tuple[Manifest, ...]]:
+    def parts(sources: Sources) -> tuple[Manifest, ...]:
+        published = [_release(sources, f"{folder}/{i}") for i in range(10)]
+        found = tuple(part for part in published if part)
+        return found if len(found) == len(published) else halves(whole(sources)[0], seed=sources.seed)
+
+    return parts
+
+
+def _ucf_full(sources: Sources) -> tuple[Manifest, ...]:
+    return (_release(sources, "ucf101_full") or layouts.class_folders(sources.videos),)
+
+
+def _ucf_splits(sources: Sources) -> tuple[Manifest, ...]:
+    lists = _lists(sources, "ucf101/EP3")
+    return tuple(
+        _release(sources, f"ucf101_split{i}") or layouts.ucf_list(f"{lists}/testlist0{i}.txt", sources.videos)
+        for i in (1, 2, 3)
+    )
+
+
+def _hmdb_full(sources: Sources) -> tuple[Manifest, ...]:
+    """As published: the 5,100 training and test videos of the first split, not all 6,766."""
+    lists = _lists(sources, "hmdb51/EP2")
+    return (_release(sources, "hmdb_full") or layouts.hmdb_lists(lists, sources.videos, split=1, kinds=(1, 2)),)
+
+
+def _hmdb_splits(sources: Sources) -> tuple[Manifest, ...]:
+    lists = _lists(sources, "hmdb51/EP3")
+    return tuple(
+        _release(sources, f"hmdb_split{i}") or layouts.hmdb_lists(lists, sources.videos, split=i, kinds=(2,))
+        for i in (1, 2, 3)
+    )
+
+
+def _kinetics600_splits(sources: Sources) -> tuple[Manifest, ...]:
+    lists = _lists(sources, "kinetics600/zero-shot")
+    return tuple(layouts.release_csv(f"{lists}/k600_split{i}/test.csv", sources.videos) for i in (1, 2, 3))
+
+
+def _kinetics400(sources: Sources) -> tuple[Manifest, ...]:
+    return (layouts.read_dataset(sources.lists or sources.videos, sources.videos),)
+
+
+def _lists(sources: Sources, name: str) -> str:
+    if sources.lists is None:
+        raise ValueError(f"{name} needs lists of its videos: --lists {name.partition('/')[0]} FOLDER.")
+    return sources.lists.rstrip("/")
+
+
+REGISTRY: dict[str, Callable[[Sources], tuple[Manifest, ...]]] = {
+    "ucf101/EP1": _published_halves("ucf101_half_test", _ucf_full),
+    "ucf101/EP2": _ucf_full,
+    "ucf101/EP3": _ucf_splits,
+    "hmdb51/EP1": _published_halves("hmdb_half_test", _hmdb_full),
+    "hmdb51/EP2": _hmdb_full,
+    "hmdb51/EP3": _hmdb_splits,
+    "kinetics600/zero-shot": _kinetics600_splits,
+    "kinetics400/closed": _kinetics400,
+}
+"""The protocols of the paper, by name: what makes their parts out of the sources of a data set."""
