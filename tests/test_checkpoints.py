@@ -235,7 +235,7 @@ def large(value: float) -> dict[str, Tensor]:
     return {f"w{i}": torch.full((1 << 20,), value) for i in range(8)}
 
 
-ATTEMPTS = 5
+ATTEMPTS = 4
 
 
 @pytest.mark.slow
