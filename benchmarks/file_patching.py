@@ -2,8 +2,8 @@
 
 Every run is a fresh process, timed after its imports, with the files in the page cache. Memory is the largest amount of
 anonymous memory of a fresh process above that after the imports. The floor reads both files and writes one of the same
-size, with the same flush to the disk. Hashing the inputs for the recipe is the larger part of the time of `patch_files`
-where no second core is idle, so it is shown without as well.
+size, with the same flush to the disk. `patch_files` hashes its inputs for the recipe, on other threads; it is shown
+without that as well.
 """
 
 from __future__ import annotations

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-import os
-import subprocess
-import sys
 
 import torch
 from measuring import interleaved, ratios, save
@@ -82,51 +78,14 @@ def contenders(build) -> dict:
     }
 
 
-def peak(model_name: str, kind: str) -> float:
-    """Peak memory of one step in a process of its own, in copies of the parameters, above the model's own."""
-    code = f"import iwr_step; print(iwr_step.peak_here({model_name!r}, {kind!r}))"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=os.path.dirname(__file__))
-    return float(done.stdout.split()[-1])
-
-
-def peak_here(model_name: str, kind: str) -> float:
-    import resource
-
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model, x, y = MODELS[model_name]()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
-
-    def loss_fn(model: nn.Module) -> Tensor:
-        return F.mse_loss(model(x), y)
-
-    size = sum(p.nbytes for p in model.parameters())
-    gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    regularizer = None if kind == "plain step" else InterpolatedWeightRegularizer(model, strategy=kind)
-    for _ in range(3):
-        if regularizer is None:
-            loss_fn(model).backward()
-        else:
-            regularizer.backward(loss_fn)
-        optimizer.step()
-        optimizer.zero_grad()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / size
-
-
 def main() -> None:
     torch.set_num_threads(1)
     results = {}
     for name, build in MODELS.items():
         seconds = interleaved(contenders(build), RUNS)
-        plain = peak(name, "plain step")
         results[name] = {
             "time_over_floor": ratios(seconds, "floor"),
             "time_over_plain_step": ratios(seconds, "plain step"),
-            "peak_above_plain_step_in_copies_of_the_parameters": {
-                kind: round(peak(name, kind) - plain, 2) for kind in ("functional", "in_place")
-            },
         }
     save("iwr_step", {"runs": RUNS, "results": results})
 

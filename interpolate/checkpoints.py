@@ -89,9 +89,9 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path, _, self.key = os.fspath(path).partition("::")
-        if "://" in self.key:  # a chained fsspec URL such as simplecache::s3://…
-            self.path, _, self.key = (os.fspath(path) + "::").rpartition("::")
+        self.path, _, self.key = os.fspath(path).rpartition("::")
+        if not self.path or "/" in self.key:  # no key, but maybe a chained URL such as simplecache::s3://…
+            self.path, self.key = os.fspath(path), ""
         self.metadata: dict[str, str] = {}
         self.files: list[str] = [self.path]
         """Every file that belongs to the checkpoint."""

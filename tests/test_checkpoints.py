@@ -92,6 +92,10 @@ def test_urls_are_read_and_written(tmp_path: Path):
     patch_files("memory://in/a.safetensors", "memory://in/b.pt", "memory://out/c.safetensors", anchor_weight=1)
     fs.get("/out/c.safetensors", str(tmp_path / "c.safetensors"))
     assert same(load_file(tmp_path / "c.safetensors"), weights())
+    assert same(read("simplecache::memory://in/a.safetensors"), weights())
+    torch.save({"state_dict": weights(), "state_dict_ema": weights(1)}, tmp_path / "c.pt")
+    fs.put(str(tmp_path / "c.pt"), "/in/c.pt")
+    assert same(read("simplecache::memory://in/c.pt::state_dict_ema"), weights(1))
     index = save_sharded(weights(), tmp_path / "sharded")
     fs.put(str(index.parent), "/sharded", recursive=True)
     average_files(["memory://sharded/model.safetensors.index.json"], "memory://mean")
@@ -231,7 +235,7 @@ def large(value: float) -> dict[str, Tensor]:
     return {f"w{i}": torch.full((1 << 20,), value) for i in range(8)}
 
 
-ATTEMPTS = 5
+ATTEMPTS = 4
 
 
 @pytest.mark.slow
@@ -295,10 +299,11 @@ def test_patching_files_takes_little_memory(tmp_path: Path):
             {f"w{i}": torch.full((1 << 22,), value) for i in range(8)}, tmp_path / f"{name}.safetensors"
         )  # 128 MiB
     script = (
-        "import resource, torch; torch.set_num_threads(1); from interpolate.files import patch_files; "
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+        "import torch; torch.set_num_threads(1); from interpolate.files import patch_files\n"
+        "def kb(field): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(field))\n"
+        "before = kb('VmRSS'); open('/proc/self/clear_refs', 'w').write('5')\n"  # forget the peak of the imports
         f"patch_files('{tmp_path}/anchor.safetensors', '{tmp_path}/theta.safetensors', '{tmp_path}/out.safetensors', "
-        "anchor_weight=0.5); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "anchor_weight=0.5)\nprint(kb('VmHWM') - before)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 32 * 1024  # KiB
+    assert int(done.stdout) < 48 * 1024  # KiB; each input is 128 MiB, and a little of the library is loaded late

@@ -18,7 +18,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "path", list(sys.path))
     save_file({"a.w": torch.zeros(2), "b.w": torch.zeros(1)}, "anchor.safetensors")
     save_file({"a.w": torch.ones(2), "b.w": torch.ones(1)}, "theta.safetensors")
-    Path("scoring.py").write_text("def closeness(weights):\n    return -abs(weights['b.w'].item() - 0.25)\n")
+    Path("judging.py").write_text("def closeness(weights):\n    return -abs(weights['b.w'].item() - 0.25)\n")
     return tmp_path
 
 
@@ -49,14 +49,14 @@ def test_a_dry_run_writes_nothing(capsys: pytest.CaptureFixture[str]):
 def test_average_and_soup(capsys: pytest.CaptureFixture[str]):
     assert run("average", *PAIR, "-o", "mean.safetensors") == 0
     assert load_file("mean.safetensors")["b.w"].item() == 0.5
-    evaluate = "--evaluate", "scoring:closeness"
+    evaluate = "--evaluate", "judging:closeness"
     assert run("soup", *PAIR, "mean.safetensors", *evaluate, "-o", "soup.safetensors") == 0
     assert load_file("soup.safetensors")["b.w"].item() == 0.25
     assert "2 of 3 kept, value -0" in capsys.readouterr().err
 
 
 def test_path_prints_values_along_the_path(capsys: pytest.CaptureFixture[str]):
-    evaluate = "--evaluate", "scoring:closeness"
+    evaluate = "--evaluate", "judging:closeness"
     assert run("path", *PAIR, *evaluate, "--points", "5", "--json", "--plot", "path.png") == 0
     found = json.loads(capsys.readouterr().out)
     assert found == {"anchor_weights": [0, 0.25, 0.5, 0.75, 1], "values": [-0.75, -0.5, -0.25, 0, -0.25]}
@@ -102,8 +102,8 @@ def test_verify_tells_by_its_exit_code(capsys: pytest.CaptureFixture[str]):
         ),
         (("patch", *PAIR, "--anchor-weight", "a.*=1", "-o", "o.safetensors"), "no pattern in anchor_weight fits b.w"),
         (("inspect", "missing.safetensors"), "missing.safetensors"),
-        (("path", *PAIR, "--evaluate", "scoring:none"), "--evaluate takes MODULE:FUNCTION, got 'scoring:none'"),
-        (("path", *PAIR, "--evaluate", "scoring:closeness", "--points", "1"), "--points must be at least 2, got 1"),
+        (("path", *PAIR, "--evaluate", "judging:none"), "--evaluate takes MODULE:FUNCTION, got 'judging:none'"),
+        (("path", *PAIR, "--evaluate", "judging:closeness", "--points", "1"), "--points must be at least 2, got 1"),
     ],
 )
 def test_bad_input_is_said_on_one_line(arguments: tuple, message: str, capsys: pytest.CaptureFixture[str]):

@@ -32,6 +32,9 @@ class Tiny(LightningModule):
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.validated_at.append(self.net[0].weight.detach().clone())
 
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.tested_at = self.net[0].weight.detach().clone()
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
@@ -81,12 +84,15 @@ def test_training_equals_a_plain_loop_with_the_regularizer(accumulate: int, tmp_
 def test_validation_sees_the_average_and_training_goes_on_at_theta(tmp_path: Path):
     model, plain = Tiny(), Tiny()
     callback = AveragingCallback()
-    fit(model, callback, folder=tmp_path, max_epochs=2, accumulate_grad_batches=2)
+    trainer = fit(model, callback, folder=tmp_path, max_epochs=2, accumulate_grad_batches=2)
     fit(plain, folder=tmp_path, max_epochs=2, accumulate_grad_batches=2)
     assert identical(dict(model.named_parameters()), dict(plain.named_parameters()))
     assert callback.averager.n_averaged == 4  # optimizer steps
     assert torch.equal(model.validated_at[-1], callback.averager.weights["net.0.weight"])
     assert not torch.equal(model.validated_at[-1], model.net[0].weight)
+    trainer.test(model, data())
+    assert torch.equal(model.tested_at, callback.averager.weights["net.0.weight"])
+    assert identical(dict(model.named_parameters()), dict(plain.named_parameters()))
 
 
 def test_resuming_equals_never_stopping(tmp_path: Path):

@@ -62,6 +62,13 @@ def test_buffers_and_integers_are_thetas():
             assert torch.equal(patched[name], theta.state_dict()[name])
 
 
+def test_all_buffers_of_modules_are_thetas():
+    anchor, theta = nn.Linear(1, 1), nn.Linear(1, 1)
+    for value, model in ((0.0, anchor), (2.0, theta)):
+        model.register_buffer("scale", torch.tensor(value))
+    assert patch(anchor, theta, anchor_weight=0.5)["scale"] == 2
+
+
 def test_a_mask_of_infinities_survives():
     anchor, theta = (
         {"mask": torch.full((2, 2), -torch.inf).triu(1), "w": torch.randn(2, 2, dtype=torch.double)} for _ in "at"

@@ -1,4 +1,5 @@
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from interpolate.__main__ import main
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -14,9 +17,7 @@ def blocks(language: str, word: str) -> list[str]:
     return [block for block in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if word in block]
 
 
-pytestmark = pytest.mark.slow
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("code", blocks("python", "from interpolate import"), ids=lambda code: str(len(code)))
 def test_examples_run(code: str, tmp_path: Path):
     (tmp_path / "train.py").write_text(code)
@@ -26,12 +27,15 @@ def test_examples_run(code: str, tmp_path: Path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_commands_run(tmp_path: Path):
-    save_file({"visual.w": torch.zeros(2), "text.w": torch.zeros(1)}, tmp_path / "anchor.safetensors")
-    save_file({"visual.w": torch.ones(2), "text.w": torch.ones(1)}, tmp_path / "theta.safetensors")
-    (tmp_path / "scoring.py").write_text("def accuracy(weights):\n    return weights['text.w'].item()\n")
+def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    save_file({"visual.w": torch.zeros(2), "text.w": torch.zeros(1)}, "anchor.safetensors")
+    save_file({"visual.w": torch.ones(2), "text.w": torch.ones(1)}, "theta.safetensors")
+    Path("scoring.py").write_text("def accuracy(weights):\n    return weights['text.w'].item()\n")
     (commands,) = blocks("bash", "python -m interpolate")
-    script = "set -e\n" + commands.replace("python ", f"{sys.executable} ")
-    done = subprocess.run(["/bin/bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "as its recipe says" in done.stdout
+    for command in commands.splitlines():
+        python, module, name, *arguments = shlex.split(command)
+        assert (python, module, name) == ("python", "-m", "interpolate")
+        assert main(arguments) == 0, command
+    assert capsys.readouterr().out.endswith("as its recipe says\n")

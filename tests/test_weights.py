@@ -39,7 +39,7 @@ def test_tied_frozen_integer_and_complex_parameters_take_part_once_or_not_at_all
     st.floats(0, 1, exclude_min=True, exclude_max=True), st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
 )
 def test_half_precision_is_rounded_once(anchor_weight: float, dtype: torch.dtype):
-    theta, anchor = torch.randn(100).to(dtype), torch.randn(100).to(dtype)
+    theta, anchor = torch.randn(100).to(dtype), torch.randn(100)
     exact = torch.lerp(theta.float(), anchor.float(), anchor_weight)
     assert torch.equal(lerp(theta, anchor, anchor_weight), exact.to(dtype))
 

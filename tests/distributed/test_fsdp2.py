@@ -3,14 +3,15 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from random_modules import snapshot
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
 from two_ranks import WORLD_SIZE, claims_of, outcomes
 
-from interpolate import InterpolatedWeightRegularizer
+from interpolate import InterpolatedWeightRegularizer, load_weights
 from interpolate.sharding import reshard
 from interpolate.weights import applied, trainable_weights
 
@@ -169,6 +170,16 @@ def a_model_sharded_after_its_regularizer_was_made_is_refused(rank: int) -> None
     sharded(model)
     with pytest.raises(RuntimeError, match="sharded since the regularizer was made; make it after fully_shard"):
         regularizer.backward(mse(*batch_of(rank)))
+
+
+def sharded_weights_can_be_loaded_whole_or_in_other_shards(rank: int) -> None:
+    model, whole = sharded(network()), network(seed=1)
+    load_weights(whole, trainable_weights(model))
+    torch.testing.assert_close(snapshot(whole), snapshot(network()), rtol=0, atol=0)
+    replicated = {n: p.detach().redistribute(placements=[Replicate()]) for n, p in model.named_parameters()}
+    other = sharded(network(seed=1))
+    load_weights(other, replicated)
+    torch.testing.assert_close(full(trainable_weights(other)), snapshot(network()), rtol=0, atol=0)
 
 
 def whole_weights_can_be_applied_to_shards(rank: int) -> None:

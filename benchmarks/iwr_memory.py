@@ -1,0 +1,71 @@
+"""How much memory does a step with interpolated weight regularization take, above a plain step?
+
+Each step runs in a process of its own; the peak is of its resident memory, in copies of the parameters, above that of
+the process with the model built. The anchor is one of the copies.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+
+import torch
+from iwr_step import MODELS
+from measuring import save
+from torch import Tensor, nn
+
+from interpolate import InterpolatedWeightRegularizer
+
+F = nn.functional
+
+
+def peak(model_name: str, kind: str) -> float:
+    """Peak memory of one step in a process of its own, in copies of the parameters, above the model's own."""
+    code = f"import iwr_memory; print(iwr_memory.peak_here({model_name!r}, {kind!r}))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=os.path.dirname(__file__))
+    return float(done.stdout.split()[-1])
+
+
+def peak_here(model_name: str, kind: str) -> float:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, x, y = MODELS[model_name]()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+
+    def loss_fn(model: nn.Module) -> Tensor:
+        return F.mse_loss(model(x), y)
+
+    size = sum(p.nbytes for p in model.parameters())
+    gc.collect()
+    before = kilobytes("VmRSS")
+    regularizer = None if kind == "plain step" else InterpolatedWeightRegularizer(model, strategy=kind)
+    for _ in range(3):
+        if regularizer is None:
+            loss_fn(model).backward()
+        else:
+            regularizer.backward(loss_fn)
+        optimizer.step()
+        optimizer.zero_grad()
+    return (kilobytes("VmHWM") - before) * 1024 / size
+
+
+def kilobytes(field: str) -> int:
+    """Of this process alone: the peak that `getrusage` tells is inherited from the parent."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    results = {}
+    for name in MODELS:
+        plain = peak(name, "plain step")
+        results[name] = {kind: round(peak(name, kind) - plain, 2) for kind in ("functional", "in_place")}
+    save("iwr_memory", {"peak_above_plain_step_in_copies_of_the_parameters": results})
+
+
+if __name__ == "__main__":
+    main()
