@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from applications.openvclip import compare, evaluate
 from applications.openvclip.data.decode import Video
@@ -217,6 +217,18 @@ def test_published_figures_stand_beside_the_published_protocol_only(once: Path) 
     assert published(result, "ViT-B-16-quickgelu", "Open-VCLIP") == "83.5"
     assert published(result, "ViT-L-14", "CLIP*") == "80.5"
     assert published(result, "miniature", "CLIP*") is None
+
+
+def test_published_checkpoints_are_evaluated_with_zeros_at_the_edges(world: Path, tmp_path: Path, capsys) -> None:
+    theta = load_file(world / "theta.safetensors")
+    torch.save({"model_state": {f"model.{name}": w for name, w in theta.items()}}, tmp_path / "swa_2_22.pth")
+    options = command(world, tmp_path / "published", "EP2")[2:]
+    evaluate.main(["--weights", str(tmp_path / "swa_2_22.pth"), *options])
+    assert "swa_2_22.pth is a checkpoint of the published code" in capsys.readouterr().out
+    evaluate.main([*command(world, tmp_path / "zero", "EP2"), "--model.edge", "zero"])
+    assert np.array_equal(stored(tmp_path / "published"), stored(tmp_path / "zero"))
+    config = json.loads((tmp_path / "published" / "results.json").read_text())["config"]
+    assert config["model"]["edge"] == "zero"
 
 
 def test_without_weights_the_image_model_is_evaluated(world: Path, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ class Workers(Generic[Key, Value]):
         self.time_limit_s = time_limit_s
         # workers are forked from a server that has no threads and no CUDA, so that neither can be inherited broken
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([function.__class__.__module__, __name__])
+        self._context.set_forkserver_preload(["__main__", function.__class__.__module__, __name__])
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(n)
 
