@@ -1,8 +1,32 @@
 """Fine-tune without forgetting: interpolated weight regularization, weight averaging and patching for PyTorch."""
 
-from interpolate.averaging import SWAAverager
-from interpolate.patching import patch
+from interpolate.averaging import EMAAverager, LAWAAverager, SWAAverager, WeightAverager
+from interpolate.batchnorm import reestimate_batchnorm
+from interpolate.checkpoints import CheckpointError
+from interpolate.files import average_files, patch_files
+from interpolate.patching import patch, slerp, task_arithmetic, uniform_soup
+from interpolate.path import choose_anchor_weight, evaluate_path, greedy_soup
 from interpolate.regularizer import InterpolatedWeightRegularizer
-from interpolate.weights import WeightMismatchError, applied
+from interpolate.weights import WeightMismatchError, applied, load_weights
 
-__all__ = ["InterpolatedWeightRegularizer", "SWAAverager", "WeightMismatchError", "applied", "patch"]
+__all__ = [
+    "CheckpointError",
+    "EMAAverager",
+    "InterpolatedWeightRegularizer",
+    "LAWAAverager",
+    "SWAAverager",
+    "WeightAverager",
+    "WeightMismatchError",
+    "applied",
+    "average_files",
+    "choose_anchor_weight",
+    "evaluate_path",
+    "greedy_soup",
+    "load_weights",
+    "patch",
+    "patch_files",
+    "reestimate_batchnorm",
+    "slerp",
+    "task_arithmetic",
+    "uniform_soup",
+]

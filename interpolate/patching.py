@@ -1,65 +1,230 @@
-"""Patching: mix the pretrained weights back into the fine-tuned ones."""
+"""Patching and its kin: weights mixed from several sets of weights, name by name."""
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+import torch
 from torch import Tensor, nn
 
-from interpolate.weights import Weights, check_coefficient, check_match, lerp
+from interpolate.checkpoints import Checkpoint
+from interpolate.sharding import bare_name, inner
+from interpolate.weights import Weights, check_coefficient, check_match, lerp, listed
+
+Source: TypeAlias = "Weights | nn.Module | str | os.PathLike[str]"
+"""Where weights come from: a state dict, a module, or the path or URL of a checkpoint."""
+
+Ratio: TypeAlias = "float | Mapping[str, float]"
+"""One weight of the anchor for all, or one for each name pattern (as in `fnmatch`); the first that fits holds."""
+
+Recipe: TypeAlias = "dict[str, Any]"
+"""An operation by name and its arguments, as JSON can keep them: what a file's metadata says of how it was made."""
 
 _BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def patch(anchor: Weights | nn.Module, theta: Weights | nn.Module, *, anchor_weight: float) -> dict[str, Tensor]:
+def patch(anchor: Source, theta: Source, *, anchor_weight: Ratio) -> dict[str, Tensor]:
     """Interpolate two sets of weights: `anchor_weight * anchor + (1 - anchor_weight) * theta`.
 
-    Floating-point weights are mixed; everything else (integer tensors, the buffers of a module, BatchNorm statistics in
-    a state dict) is theta's. BatchNorm statistics should be re-estimated for the mixed weights. Tensors that are equal
-    in both are copied bit for bit, so a causal mask of infinities stays what it is.
+    Floating-point weights are mixed; everything else (integer and complex tensors, the buffers of a module, BatchNorm
+    statistics in a state dict) is theta's. BatchNorm statistics should be re-estimated for the mixed weights. Values
+    that are equal in both are kept, so a causal mask of infinities stays what it is. See `patch_files` for checkpoints
+    that are not to be held in memory.
 
     Source: Weng et al. 2023 (arXiv 2302.00624), eq. 6; Ilharco et al. 2022 (PAINT). WiSE-FT and PAINT count the
     coefficient the other way: their alpha is `1 - anchor_weight`.
 
     Args:
-        anchor: The pretrained weights: a state dict, `regularizer.anchor`, or a module.
-        theta: The fine-tuned weights: a state dict, `averager.weights`, or a module. Names must be the anchor's.
-        anchor_weight: Weight of the anchor, in [0, 1]; 0 returns theta, 1 the anchor, bit for bit.
+        anchor: The pretrained weights: a state dict, `regularizer.anchor`, a module, or a checkpoint's path.
+        theta: The fine-tuned weights: likewise, for instance `averager.weights`. Names must be the anchor's.
+        anchor_weight: Weight of the anchor, in [0, 1]; 0 returns theta, 1 the anchor, bit for bit. Or such a weight by
+            name pattern, the first that fits: `{"visual.*": 0.3, "*": 0.5}`.
 
     Returns:
-        New tensors in theta's dtype and on its device, under theta's names; nothing is shared with the inputs, and a
-        module's `load_state_dict` takes them.
+        New tensors in theta's dtype and on its device, under theta's names, without prefixes of wrappers; nothing is
+        shared with the inputs. `load_weights` puts them into a module.
 
     Raises:
         WeightMismatchError: Names or shapes differ; the message lists them.
-        ValueError: `anchor_weight` is not in [0, 1], or a mixed weight is not finite.
+        ValueError: `anchor_weight` is not in [0, 1], a pattern fits no name or a name no pattern, or a mixed weight is
+            not finite.
 
     Example:
         >>> import torch
         >>> patch({"w": torch.ones(1)}, {"w": torch.zeros(1)}, anchor_weight=0.25)["w"]
         tensor([0.2500])
     """
-    check_coefficient("anchor_weight", anchor_weight)
-    kept = _buffer_names(theta) | _buffer_names(anchor)
-    theta, anchor = _tensors(theta), _tensors(anchor)
-    check_match(theta, anchor)
-    patched = {}
-    for name, tensor in theta.items():
-        if name in kept or not tensor.is_floating_point():
-            patched[name] = tensor.detach().clone()
-            continue
-        patched[name] = lerp(tensor, anchor[name], anchor_weight)
-        if not patched[name].isfinite().all() and not tensor.equal(anchor[name].to(tensor)):
+    return mix([theta, anchor], {"operation": "patch", "anchor_weight": anchor_weight})
+
+
+def slerp(anchor: Source, theta: Source, *, anchor_weight: float) -> dict[str, Tensor]:
+    """Interpolate along the arc between each tensor of theta and the anchor's, instead of along the chord.
+
+    `sin((1 - w) * angle) / sin(angle) * theta + sin(w * angle) / sin(angle) * anchor`, with the angle between both as
+    vectors; along the chord where they are nearly parallel. Everything else is as in `patch`.
+
+    Source: Shoemake 1985, tensor by tensor as is usual in model merging.
+
+    Example:
+        >>> import torch
+        >>> slerp({"w": torch.tensor([0.0, 1.0])}, {"w": torch.tensor([1.0, 0.0])}, anchor_weight=0.5)["w"]
+        tensor([0.7071, 0.7071])
+    """
+    return mix([theta, anchor], {"operation": "slerp", "anchor_weight": anchor_weight})
+
+
+def uniform_soup(sources: Sequence[Source]) -> dict[str, Tensor]:
+    """The mean of several sets of weights; what is not mixed is that of the first.
+
+    Source: Wortsman et al. 2022 (arXiv 2203.05482), "Model soups".
+
+    Example:
+        >>> import torch
+        >>> uniform_soup([{"w": torch.zeros(1)}, {"w": torch.ones(1)}])["w"]
+        tensor([0.5000])
+    """
+    return mix(sources, {"operation": "average"})
+
+
+def task_arithmetic(anchor: Source, thetas: Sequence[Source], scales: Sequence[float]) -> dict[str, Tensor]:
+    """Add task vectors to the anchor: `anchor + sum(scale * (theta - anchor))`; a negative scale unlearns a task.
+
+    Source: Ilharco et al. 2023 (arXiv 2212.04089), "Editing models with task arithmetic".
+
+    Args:
+        scales: One finite number for each theta.
+
+    Example:
+        >>> import torch
+        >>> anchor, theta = {"w": torch.ones(1)}, {"w": torch.tensor([3.0])}
+        >>> task_arithmetic(anchor, [theta], [-0.5])["w"]
+        tensor([0.])
+    """
+    return mix([anchor, *thetas], {"operation": "task_arithmetic", "scales": list(scales)})
+
+
+def mix(sources: Sequence[Source], recipe: Recipe) -> dict[str, Tensor]:
+    """Carry out a recipe on whole tensors in memory. The first source gives names, dtypes and what is not mixed."""
+    kept = set().union(*map(_buffer_names, sources))
+    first, *others = map(_tensors, sources)
+    for other in others:
+        check_match(first, other)
+    operation = compiled(recipe, list(first), len(sources))
+    mixed = {}
+    for name, tensor in first.items():
+        if name in kept or not is_mixed(name, tensor.dtype):
+            mixed[name] = tensor.detach().clone()
+        else:
+            mixed[name] = operation(name, [tensor, *(other[name] for other in others)])
+    return mixed
+
+
+def is_mixed(name: str, dtype: torch.dtype) -> bool:
+    """Whether a tensor of a checkpoint takes part in mixing, as far as name and dtype tell."""
+    return dtype.is_floating_point and name.rpartition(".")[2] not in _BATCH_NORM_BUFFERS
+
+
+def compiled(recipe: Recipe, names: Sequence[str], n_sources: int) -> Callable[[str, list[Tensor]], Tensor]:
+    """A recipe as a function of a name and its tensors (of one shape), with all arguments checked.
+
+    Raises:
+        ValueError: The recipe is unknown, or an argument is out of its range.
+    """
+    kind = recipe["operation"]
+    if kind == "read":
+        return lambda name, tensors: tensors[0]
+    if kind == "patch":
+        ratios = _ratios(recipe["anchor_weight"], names)
+        operation = lambda name, tensors: lerp(tensors[0], tensors[1], ratios[name])  # noqa: E731 # one of four alike
+    elif kind == "slerp":
+        weight = recipe["anchor_weight"]
+        check_coefficient("anchor_weight", weight)
+        operation = lambda _, tensors: _slerp(tensors[0], tensors[1], weight)  # noqa: E731
+    elif kind == "average":
+        operation = lambda _, tensors: _mean(tensors)  # noqa: E731
+    elif kind == "task_arithmetic":
+        scales = recipe["scales"]
+        if len(scales) != n_sources - 1 or not all(map(math.isfinite, scales)):
+            raise ValueError(f"scales must be {n_sources - 1} finite numbers, one for each theta, got {scales}.")
+        operation = lambda _, tensors: _sum_of_tasks(tensors, scales)  # noqa: E731
+    else:
+        raise ValueError(f"unknown operation {kind!r} in a recipe.")
+    return lambda name, tensors: _checked(name, operation(name, tensors), tensors)
+
+
+def _mean(tensors: list[Tensor]) -> Tensor:
+    first = tensors[0].detach()
+    mean = first.to(torch.promote_types(torch.float32, first.dtype))
+    for n, tensor in enumerate(tensors[1:], start=1):
+        mean = torch.lerp(mean, tensor.detach().to(mean), 1 / (n + 1))
+    return mean.to(first.dtype, copy=True)
+
+
+def _sum_of_tasks(tensors: list[Tensor], scales: Sequence[float]) -> Tensor:
+    anchor = tensors[0].detach()
+    total = wide = anchor.to(torch.promote_types(torch.float32, anchor.dtype))
+    for theta, scale in zip(tensors[1:], scales, strict=True):
+        total = total + scale * (theta.detach().to(wide) - wide)
+    return total.to(anchor.dtype, copy=True)
+
+
+def _slerp(theta: Tensor, anchor: Tensor, anchor_weight: float) -> Tensor:
+    a, b = theta.detach().double(), anchor.detach().to(theta.device).double()
+    cosine = a.flatten().dot(b.flatten()) / (a.norm() * b.norm())
+    angle = torch.acos(cosine.clamp(-1, 1))
+    if anchor_weight in (0, 1) or not angle.sin() > 1e-6:  # nearly parallel, or a zero vector
+        return lerp(theta, anchor, anchor_weight)
+    mixed = ((1 - anchor_weight) * angle).sin() * a + (anchor_weight * angle).sin() * b
+    return (mixed / angle.sin()).to(theta.dtype)
+
+
+def _checked(name: str, mixed: Tensor, tensors: list[Tensor]) -> Tensor:
+    """The mixed tensor, if it is finite; where all tensors are equal, infinite values are theirs and not nan."""
+    if mixed.to(torch.promote_types(torch.float32, mixed.dtype)).sum().isfinite():
+        return mixed
+    first = tensors[0].detach()
+    equal = torch.stack([first == tensor.to(first) for tensor in tensors]).all(0)
+    mixed = torch.where(equal, first, mixed)
+    wrong = int((~(mixed.isfinite() | equal)).sum())
+    if wrong:
+        raise ValueError(
+            f"{name} has {wrong} values that are not finite after mixing; look for nan or inf in what is mixed."
+        )
+    return mixed
+
+
+def _ratios(anchor_weight: Ratio, names: Sequence[str]) -> dict[str, float]:
+    """The weight of the anchor for every name."""
+    patterns = anchor_weight if isinstance(anchor_weight, Mapping) else {"*": anchor_weight}
+    ratios: dict[str, float] = {}
+    for pattern, weight in patterns.items():
+        check_coefficient("anchor_weight" if pattern == "*" else f"anchor_weight of {pattern!r}", weight)
+        fitting = [name for name in names if fnmatchcase(name, pattern)]
+        if not fitting:
             raise ValueError(
-                f"{name} has {int((~patched[name].isfinite()).sum())} values that are not finite after mixing; "
-                "look for nan or inf in the anchor and in theta."
+                f"the pattern {pattern!r} in anchor_weight fits none of {len(names)} names, e.g. {names[0]}."
             )
-    return patched
+        ratios = dict.fromkeys(fitting, weight) | ratios
+    without = [name for name in names if name not in ratios]
+    if without:
+        raise ValueError(f"no pattern in anchor_weight fits {listed(without)}; end with '*' for all the rest.")
+    return ratios
 
 
-def _tensors(source: Weights | nn.Module) -> Weights:
-    return source.state_dict() if isinstance(source, nn.Module) else source
-
-
-def _buffer_names(source: Weights | nn.Module) -> set[str]:
+def _tensors(source: Source) -> Weights:
+    if isinstance(source, (str, os.PathLike)):
+        with Checkpoint(source) as checkpoint:
+            return {name: checkpoint.tensor(name) for name in checkpoint.entries}
     if isinstance(source, nn.Module):
-        return {name for name, _ in source.named_buffers(remove_duplicate=False)}
-    return {name for name in source if name.rpartition(".")[2] in _BATCH_NORM_BUFFERS}
+        return {bare_name(name): tensor for name, tensor in inner(source).state_dict().items()}
+    return source
+
+
+def _buffer_names(source: Source) -> set[str]:
+    return (
+        {name for name, _ in source.named_buffers(remove_duplicate=False)} if isinstance(source, nn.Module) else set()
+    )

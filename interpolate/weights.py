@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from interpolate.sharding import bare_name, inner, like, local, reshard
 
 Weights = Mapping[str, Tensor]
 """Named tensors, as `state_dict()` and `named_parameters()` give them."""
@@ -19,12 +22,17 @@ class WeightMismatchError(ValueError):
 
 
 def trainable_weights(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that take part in training: floating point, requiring gradients; tied ones once, by first name."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad and p.is_floating_point()}
+    """The parameters that take part in mixing: floating point, requiring gradients; tied ones once, by first name.
+
+    Names are those of the bare module, whatever wraps it; weights sharded by FSDP2 are its shards.
+    """
+    reshard(module)
+    parameters = inner(module).named_parameters()
+    return {bare_name(name): p for name, p in parameters if p.requires_grad and p.is_floating_point()}
 
 
-def check_match(theta: Weights, anchor: Weights) -> None:
-    """Raise `WeightMismatchError` unless both hold tensors of the same names and shapes."""
+def check_match(theta: Mapping[str, Any], anchor: Mapping[str, Any]) -> None:
+    """Raise `WeightMismatchError` unless both hold the same names, with things of the same `shape`."""
     missing = [name for name in theta if name not in anchor]
     unexpected = [name for name in anchor if name not in theta]
     reshaped = [
@@ -33,7 +41,7 @@ def check_match(theta: Weights, anchor: Weights) -> None:
         if name in anchor and tensor.shape != anchor[name].shape
     ]
     problems = [
-        f"{len(names)} of {total} weights {what} ({_listed(names)})"
+        f"{len(names)} of {total} weights {what} ({listed(names)})"
         for names, total, what in (
             (missing, len(theta), "missing"),
             (unexpected, len(anchor), "unexpected"),
@@ -57,16 +65,15 @@ def check_coefficient(name: str, value: float) -> None:
 def lerp(theta: Tensor, anchor: Tensor, anchor_weight: float) -> Tensor:
     """`anchor_weight * anchor + (1 - anchor_weight) * theta`, a new tensor in theta's dtype and on its device.
 
-    0 gives theta and 1 the anchor bit for bit, and so does any weight where both are equal (infinities included). Half
-    precision is mixed in float32 and rounded once.
+    0 gives theta and 1 the anchor bit for bit. Half precision is mixed in float32 and rounded once.
     """
-    anchor = anchor.to(theta.device)
-    if anchor_weight == 0 or torch.equal(theta, anchor.to(theta.dtype)):
-        return theta.detach().clone()
+    theta, anchor = theta.detach(), anchor.detach().to(theta.device)
+    if anchor_weight == 0:
+        return theta.clone()
     if anchor_weight == 1:
-        return anchor.detach().to(theta.dtype, copy=True)
+        return anchor.to(theta.dtype, copy=True)
     precision = torch.promote_types(torch.float32, theta.dtype)
-    return torch.lerp(theta.detach().to(precision), anchor.detach().to(precision), anchor_weight).to(theta.dtype)
+    return torch.lerp(theta.to(precision), anchor.to(precision), anchor_weight).to(theta.dtype)
 
 
 @contextmanager
@@ -74,9 +81,10 @@ def applied(module: nn.Module, weights: Weights) -> Iterator[nn.Module]:
     """Put other weights into a module for the length of a `with` block; its own come back whatever happens.
 
     Args:
-        module: Any module. Its parameters are overwritten in place and restored at the end, so optimizers and other
-            holders of them are undisturbed. Do not train inside the block: what is learnt there is lost.
-        weights: Name → tensor, for some or all of the parameters and buffers.
+        module: Any module, wrapped in DDP or sharded by FSDP2 as it may be. Its parameters are overwritten in place
+            and restored at the end, so optimizers and other holders of them are undisturbed. Do not train inside the
+            block: what is learnt there is lost.
+        weights: Name → tensor, for some or all of the parameters and buffers, without wrappers' prefixes.
 
     Yields:
         The module itself.
@@ -91,31 +99,66 @@ def applied(module: nn.Module, weights: Weights) -> Iterator[nn.Module]:
         ...     model(torch.tensor([3.0])).item()
         6.0
     """
-    own = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
-    unknown = [name for name in weights if name not in own]
-    if unknown:
-        raise WeightMismatchError(f"{len(unknown)} weights ({_listed(unknown)}) are not in {type(module).__name__}.")
-    targets = {name: own[name] for name in weights}
-    check_match(targets, weights)
+    targets = _targets(module, weights)
     backup = {name: target.detach().clone() for name, target in targets.items()}
     try:
         _overwrite(targets, weights)
+        reshard(module)
         yield module
     finally:
         _overwrite(targets, backup)
+        reshard(module)
+
+
+def load_weights(module: nn.Module, weights: Weights) -> None:
+    """Put weights into a module for good: `load_state_dict` for some of the weights, without its silence.
+
+    `load_state_dict(weights, strict=False)` ignores names that it does not know, for instance all of them in a module
+    that is wrapped by DDP or `torch.compile`; here they are an error.
+
+    Args:
+        module: Any module, wrapped or sharded as it may be.
+        weights: Name → tensor, for some or all of the parameters and buffers, without wrappers' prefixes.
+
+    Raises:
+        WeightMismatchError: A name is not one of the module's, or a shape differs; nothing has been changed then.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1)
+        >>> load_weights(model, {"weight": torch.tensor([[2.0]])})
+        >>> model.weight.item()
+        2.0
+    """
+    _overwrite(_targets(module, weights), weights)
+    reshard(module)
+
+
+def _targets(module: nn.Module, weights: Weights) -> dict[str, Tensor]:
+    """The module's own tensors of the names in `weights`, which must be of the same shapes."""
+    reshard(module)
+    model = inner(module)
+    own = {
+        bare_name(name): tensor
+        for named in (model.named_parameters, model.named_buffers)
+        for name, tensor in named(remove_duplicate=False)
+    }
+    unknown = [name for name in weights if name not in own]
+    if unknown:
+        raise WeightMismatchError(f"{len(unknown)} weights ({listed(unknown)}) are not in {type(model).__name__}.")
+    targets = {name: own[name] for name in weights}
+    check_match(targets, weights)
+    return targets
 
 
 @torch.no_grad()
 def _overwrite(targets: Weights, values: Weights) -> None:
     for name, target in targets.items():
-        target.copy_(values[name])
+        local(target).copy_(local(like(values[name], target)))
     torch.clear_autocast_cache()  # or an enclosing autocast would go on with casts of the old values
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     names = list(names)
     rest = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + rest

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from applications.openvclip import evaluate, train
-from applications.openvclip.data.decode import VideoReadError
+from applications.openvclip.data.decode import Video, VideoReadError
+from applications.openvclip.data.layouts import read_dataset
 from applications.openvclip.journal import read_journal
+from applications.openvclip.miniature import tiny_clip
+from applications.openvclip.model.classifier import class_embeddings
+from applications.openvclip.model.prompts import OBJECT_TEMPLATES
+from applications.openvclip.model.video_encoder import VideoEncoder
 from interpolate import WeightMismatchError
 from tests.openvclip.files import write_manifest
 
@@ -69,6 +75,37 @@ def test_the_patched_weights_are_the_interpolation(run: Path, source) -> None:
     for name, theta in weights(run).items():
         torch.testing.assert_close(patched[name], 0.5 * anchor[name] + 0.5 * theta)
     source.clip.load_state_dict(patched, strict=False)
+
+
+def test_the_accuracies_are_those_of_the_weights_that_they_are_said_to_be_of(
+    run: Path, small_world: dict[str, Path], source
+) -> None:
+    """Evaluated once more without any of the evaluation's code: one video, one model at a time."""
+    manifest = read_dataset(str(small_world["closed"]))
+    clip = tiny_clip.load()
+    classes = class_embeddings(clip, source.tokenizer, manifest.classes, OBJECT_TEMPLATES)
+    temporal = VideoEncoder(tiny_clip.load())
+    frames = [Video(Path(manifest.location(i)), 32).frames([1, 5, 9, 13]) for i in range(len(manifest))]
+    videos = [(torch.from_numpy(f).float() / 255 - 0.5).div(0.25).permute(0, 3, 1, 2) for f in frames]
+
+    def accuracy(score: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        pairs = zip(videos, manifest.labels, strict=True)
+        return sum(int(score(video).argmax()) == label for video, label in pairs) / len(manifest)
+
+    def frame_by_frame(video: torch.Tensor) -> torch.Tensor:
+        return (clip.encode_image(video, normalize=True) @ classes.T).mean(dim=0)
+
+    def over_frames(video: torch.Tensor) -> torch.Tensor:
+        return temporal(video.transpose(0, 1).unsqueeze(0), classes)[0]
+
+    results = json.loads((run / "results.json").read_text())["protocols"]["closed"]
+    reported = {scorer: accuracies["top-1"][0] for scorer, accuracies in results["accuracy"].items()}
+    with torch.no_grad():
+        assert reported["CLIP*"] == pytest.approx(accuracy(frame_by_frame))
+        assert reported["1"] == pytest.approx(accuracy(over_frames))
+        temporal.load_state_dict(weights(run))
+        assert reported["0"] == pytest.approx(accuracy(over_frames))
+    assert len({reported["CLIP*"], reported["0"], reported["0.5"]}) == 3
 
 
 def test_the_same_seed_gives_the_same_bits(run: Path, small_world: dict[str, Path], tmp_path: Path) -> None:

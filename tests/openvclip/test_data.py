@@ -69,6 +69,20 @@ def test_all_frames_of_a_clip_are_augmented_alike(height: int, width: int, size:
     assert torch.equal(clip[:, 0], clip[:, 2])
 
 
+def test_half_of_the_clips_are_mirrored() -> None:
+    frames = np.arange(8, dtype=np.uint8).reshape(1, 1, 8, 1).repeat(8, axis=1).repeat(3, axis=3)
+    mirrored = 0
+    for seed in range(100):
+        clip = transforms.training_clip(
+            frames,
+            size=8,
+            augmentation=Augmentation(horizontal_flip=True),
+            rng=np.random.default_rng(seed),
+        )
+        mirrored += bool(clip[0, 0, 0, 0] > clip[0, 0, 0, -1])
+    assert 30 < mirrored < 70
+
+
 def test_pixels_have_the_mean_and_deviation_that_the_model_expects() -> None:
     clip = torch.full((5, 3, 2, 4, 4), 255, dtype=torch.uint8)
     pixels = transforms.normalised(clip, Normalisation((0.5, 0.0, 0.0), (0.25, 1.0, 2.0)))
@@ -106,6 +120,13 @@ def test_a_resumed_order_is_the_rest_of_the_whole_order(samples, batch_size, epo
         assert len(of_epoch) == len(set(of_epoch)) == whole.steps_per_epoch * batch_size
     first = data.draw(st.integers(0, len(batches)))
     assert list(TrainingOrder(samples, batch_size, seed, first, len(batches))) == batches[first:]
+
+
+def test_every_epoch_has_an_order_of_its_own() -> None:
+    batches = list(TrainingOrder(20, 20, seed=0, first_step=0, last_step=2))
+    first, second = ([i for _, i in batch] for batch in batches)
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first != second != sorted(second)
 
 
 def test_a_batch_larger_than_the_set_is_refused() -> None:

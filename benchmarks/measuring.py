@@ -1,0 +1,57 @@
+"""What the benchmark scripts share: interleaved timing, and a result file that says how it came about."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(contenders: dict[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
+    """Seconds of each run, one of every contender in turn, after one that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in range(runs + 1):
+        for name, contender in contenders.items():
+            start = time.perf_counter()
+            contender()
+            if run:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(seconds: dict[str, list[float]], reference: str) -> dict[str, dict[str, float]]:
+    """Each contender's time over the reference's of the same round: median, lower and upper quartile."""
+    found = {}
+    for name, values in seconds.items():
+        ratio = [a / b for a, b in zip(values, seconds[reference], strict=True)]
+        low, median, high = statistics.quantiles(ratio, n=4)
+        found[name] = {"median": round(median, 3), "quartile_1": round(low, 3), "quartile_3": round(high, 3)}
+    return found
+
+
+def save(name: str, results: dict[str, Any]) -> None:
+    """Write `results/<name>.json` and print it."""
+    described = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    cpu = next((line.partition(": ")[2] for line in described if line.startswith("model name")), platform.processor())
+    record = {
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "hardware": {"cpu": cpu, "cores": os.cpu_count()},
+        "torch_threads": torch.get_num_threads(),
+        "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")} or "default",
+        "seed": 0,
+        **results,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record, indent=2))

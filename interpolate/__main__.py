@@ -1,0 +1,189 @@
+"""`python -m interpolate`: checkpoints mixed, looked at and checked from the command line.
+
+Exit codes: 0 done, 1 a check found something wrong, 2 bad input (with a message on the standard error).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from interpolate import files
+from interpolate.patching import Ratio, patch
+from interpolate.path import PathValues, greedy_soup
+
+_PATHS = (
+    "a .safetensors file, the .safetensors.index.json of a sharded checkpoint, or a file of torch.save, local or a URL"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the return value is the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"interpolate {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m interpolate", description="Mix checkpoints and look at them.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=f"{text} A checkpoint is {_PATHS}.")
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        return sub
+
+    def writes(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("-o", "--output", required=True, help="what to write: as a whole, or not at all")
+        sub.add_argument("--dry-run", action="store_true", help="do everything except writing")
+
+    evaluate = {
+        "required": True,
+        "metavar": "MODULE:FUNCTION",
+        "help": "called with name → tensor; its value is better the higher it is",
+    }
+    sub = command("patch", _patch, "Mix a fine-tuned checkpoint with the pretrained one.")
+    sub.add_argument("anchor", help="the pretrained checkpoint")
+    sub.add_argument("theta", help="the fine-tuned checkpoint")
+    sub.add_argument(
+        "--anchor-weight",
+        nargs="+",
+        required=True,
+        metavar="W",
+        help="weight of the anchor in [0, 1], or PATTERN=W ..., the first that fits a name; '*' is the rest",
+    )
+    writes(sub)
+    sub = command("average", _average, "Write the mean of checkpoints.")
+    sub.add_argument("checkpoints", nargs="+")
+    writes(sub)
+    sub = command("soup", _soup, "Write the mean of those checkpoints that a greedy soup keeps.")
+    sub.add_argument("checkpoints", nargs="+")
+    sub.add_argument("--evaluate", **evaluate)
+    writes(sub)
+    sub = command("path", _path, "Evaluate along the path from theta to the anchor.")
+    sub.add_argument("anchor")
+    sub.add_argument("theta")
+    sub.add_argument("--evaluate", **evaluate)
+    sub.add_argument("--points", type=int, default=11, help="how many weights of the anchor, from 0 to 1 (default 11)")
+    sub.add_argument("--plot", metavar="FILE", help="draw the values into an image; needs matplotlib")
+    sub = command("inspect", _inspect, "Show what is in a checkpoint.")
+    sub.add_argument("checkpoint")
+    sub = command("diff", _diff, "Show how far two checkpoints are from each other; exit code 1 if they differ.")
+    sub.add_argument("checkpoints", nargs=2)
+    sub = command("verify", _verify, "Check a written checkpoint against its recipe and inputs; exit code 1 if wrong.")
+    sub.add_argument("checkpoint")
+    return parser
+
+
+def _patch(options: argparse.Namespace) -> int:
+    report = files.patch_files(
+        options.anchor,
+        options.theta,
+        options.output,
+        anchor_weight=_ratio(options.anchor_weight),
+        dry_run=options.dry_run,
+        progress=_progress(),
+    )
+    return _show(options, report)
+
+
+def _average(options: argparse.Namespace) -> int:
+    paths, output = options.checkpoints, options.output
+    return _show(options, files.average_files(paths, output, dry_run=options.dry_run, progress=_progress()))
+
+
+def _soup(options: argparse.Namespace) -> int:
+    chosen, value = greedy_soup(options.checkpoints, _function(options.evaluate))
+    paths = [options.checkpoints[i] for i in chosen]
+    print(f"{len(paths)} of {len(options.checkpoints)} kept, value {value:.6g}", file=sys.stderr)
+    return _show(options, files.average_files(paths, options.output, dry_run=options.dry_run, progress=_progress()))
+
+
+def _path(options: argparse.Namespace) -> int:
+    if options.points < 2:
+        raise ValueError(f"--points must be at least 2, got {options.points}.")
+    evaluate, progress = _function(options.evaluate), _progress()
+    weights, values = [i / (options.points - 1) for i in range(options.points)], []
+    for weight in weights:
+        values.append(float(evaluate(patch(options.anchor, options.theta, anchor_weight=weight))))
+        progress(len(values), len(weights))
+    found = PathValues(tuple(weights), tuple(values))
+    if options.plot:
+        found.plot(options.plot, label=options.evaluate)
+    if options.json:
+        print(json.dumps({"anchor_weights": weights, "values": values}))
+    else:
+        print("anchor_weight  value")
+        print("\n".join(f"{weight:13.4g}  {value:.6g}" for weight, value in zip(weights, values, strict=True)))
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    report = files.inspect(options.checkpoint)
+    if not options.json:
+        for tensor in report.tensors:
+            print(f"{tensor.dtype:>9}  {tensor.shape!s:20} {tensor.name}")
+    return _show(options, report)
+
+
+def _diff(options: argparse.Namespace) -> int:
+    report = files.diff(*options.checkpoints)
+    _show(options, report)
+    return int(any(tensor.differs for tensor in report.tensors))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    problems = files.verify(options.checkpoint)
+    print(json.dumps({"problems": problems}) if options.json else "\n".join(problems) or "as its recipe says")
+    return int(bool(problems))
+
+
+def _show(options: argparse.Namespace, report: files.Report) -> int:
+    print(report.as_json() if options.json else report)
+    return 0
+
+
+def _ratio(texts: Sequence[str]) -> Ratio:
+    """A number, or patterns with one each."""
+    try:
+        if len(texts) == 1 and "=" not in texts[0]:
+            return float(texts[0])
+        return {pattern: float(weight) for pattern, _, weight in (text.rpartition("=") for text in texts)}
+    except ValueError as error:
+        raise ValueError(f"--anchor-weight takes W or PATTERN=W ..., got {' '.join(texts)!r}: {error}.") from error
+
+
+def _function(text: str) -> Callable[[Any], float]:
+    module, _, name = text.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--evaluate takes MODULE:FUNCTION, got {text!r}: {error}.") from error
+
+
+def _progress() -> files.Progress:
+    """A line on the standard error, once a second, if somebody is looking."""
+    last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        if sys.stderr.isatty() and time.monotonic() - last > 1:
+            last = time.monotonic()
+            print(f"\r{100 * done // total} %", end="\r", file=sys.stderr)
+
+    return show
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Two ways to run a function of a model at interpolated weights, its backward pass included.
+
+Both add the gradients at the interpolated weights, unscaled, to the `.grad` of the model's own parameters, and leave
+the model as it was, whatever happens: weights, buffers, and the gradients of what is not interpolated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from interpolate.sharding import inner, is_sharded, local, reshard
+from interpolate.weights import Weights, listed
+
+T = TypeVar("T")
+Parameters = Mapping[str, nn.Parameter]
+
+
+def functional(
+    model: nn.Module, theta: Parameters, anchor: Weights, alpha: float, function: Callable[[nn.Module], T]
+) -> T:
+    """Through `torch.func.functional_call`: the model's own weights are never touched.
+
+    The interpolated weights are leaves of their own that share `.grad` with the parameters, so DDP's hooks don't see
+    this pass, and backward adds to the gradients that the plain pass goes on with: no second set is allocated.
+    """
+    with torch.no_grad():
+        mixed = torch._foreach_lerp(list(theta.values()), list(anchor.values()), alpha)
+    leaves = dict(zip(theta, mixed, strict=True))
+    for name, leaf in leaves.items():
+        leaf.requires_grad_().grad, theta[name].grad = theta[name].grad, None
+    try:
+        result = call_at(model, theta, leaves, function)
+        leaked = [name for name, p in theta.items() if p.grad is not None]
+    finally:
+        for name, leaf in leaves.items():
+            theta[name].grad = leaf.grad
+    if leaked:
+        raise RuntimeError(
+            f"the loss went around the interpolated weights: {len(leaked)} of the model's own weights "
+            f"({listed(leaked)}) got gradients. Compute it with the model that loss_fn is given and no other "
+            "reference to it; if the model itself keeps such a reference, use strategy='in_place'."
+        )
+    return result
+
+
+def in_place(
+    model: nn.Module, theta: Parameters, anchor: Weights, alpha: float, function: Callable[[nn.Module], T]
+) -> T:
+    """In the live parameters, shard by shard: they hold the interpolated weights until the function has returned."""
+    weights = [local(p) for p in theta.values()]
+    others = [p for p in model.parameters() if p.requires_grad and not p.is_floating_point()]
+    gradients = [p.grad for p in others]
+    with _restored(weights + [local(buffer) for buffer in model.buffers()]):
+        try:
+            for p in others:
+                p.grad = None
+            with torch.no_grad():
+                torch._foreach_lerp_(weights, [local(anchor[name]) for name in theta], alpha)
+            _forget_copies(model)
+            return function(model)
+        finally:
+            _forget_copies(model)
+            for p, gradient in zip(others, gradients, strict=True):
+                p.grad = gradient
+
+
+STRATEGIES = {"functional": functional, "in_place": in_place}
+
+
+def call_at(model: nn.Module, theta: Parameters, weights: Weights, function: Callable[[nn.Module], T]) -> T:
+    """A function of the model by `functional_call`, with `weights` in place of `theta` and buffers of its own."""
+    replaced = {id(theta[name]): tensor for name, tensor in weights.items()}
+    parameters = {f"model.{n}": replaced.get(id(p), p.detach()) for n, p in model.named_parameters()}
+    buffers = {f"model.{n}": buffer.clone() for n, buffer in model.named_buffers()}
+    return functional_call(_Bound(model), (parameters, buffers), (function,), strict=True)
+
+
+class _Bound(nn.Module):
+    """Lets `functional_call` put weights under any function of a model, and not under its forward pass alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[nn.Module], T]) -> T:
+        return function(self.model)
+
+
+@contextmanager
+def _restored(tensors: list[Tensor]) -> Iterator[None]:
+    backup = [tensor.clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(tensors, backup)
+
+
+def _forget_copies(model: nn.Module) -> None:
+    """Drop what was made of weights that have since been changed in place: autocast's casts, FSDP2's gathered ones."""
+    torch.clear_autocast_cache()
+    reshard(model)
+
+
+def choose_strategy(model: nn.Module, theta: Parameters, wanted: str | None, *, through_wrapper: bool) -> str:
+    """The strategy to use, `functional` where it is right; `ValueError` where the wanted one or both would be wrong.
+
+    Args:
+        model: The model as the user calls it, wrappers included.
+        theta: Its trainable weights.
+        wanted: The user's choice, None for none.
+        through_wrapper: Whether the pass at the interpolated weights is to go through DDP's wrapper.
+    """
+    if wanted is not None and wanted not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))} or None, got {wanted!r}.")
+    _check_wrappers(model)
+    distributed = inner(model) is not model
+    obstacle = _obstacle_to_functional(model, theta)
+    if obstacle is None and distributed and through_wrapper:
+        obstacle = "DDP synchronises the gradients of its own parameters only"
+    if wanted == "functional" and obstacle is not None:
+        raise ValueError(f"strategy='functional' would be wrong: {obstacle}. Use strategy='in_place'.")
+    strategy = wanted or ("functional" if obstacle is None else "in_place")
+    if strategy == "in_place":
+        hooked = [name for name, p in theta.items() if getattr(p, "_post_accumulate_grad_hooks", None)]
+        if hooked:
+            raise ValueError(
+                f"strategy='in_place' would run the post-accumulate-grad hooks of {listed(hooked)} while the model "
+                f"holds the interpolated weights ({obstacle or 'as asked'}). Step the optimizer after backward instead."
+            )
+        if distributed and not through_wrapper and getattr(model, "_orig_mod", model).static_graph:
+            raise ValueError(
+                "strategy='in_place' under DDP with static_graph=True would leave gradients unsynchronised "
+                f"({obstacle or 'as asked'}). Set static_graph=False."
+            )
+    return strategy
+
+
+def _check_wrappers(model: nn.Module) -> None:
+    top = getattr(model, "_orig_mod", model)
+    for name, module in model.named_modules():
+        if isinstance(module, DataParallel) or type(module).__name__ == "FullyShardedDataParallel":
+            raise ValueError(
+                f"{type(module).__name__} is not supported. Use DistributedDataParallel, or "
+                "torch.distributed.fsdp.fully_shard for sharded weights."
+            )
+        if isinstance(module, DistributedDataParallel) and module is not top:
+            raise ValueError(f"{name!r} is wrapped in DistributedDataParallel; wrap the whole model instead.")
+
+
+def _obstacle_to_functional(model: nn.Module, theta: Parameters) -> str | None:
+    """Why `functional_call` would be silently wrong for this model, or None."""
+    sharded = [name for name, p in theta.items() if is_sharded(p)]
+    if sharded:
+        return f"torch.func.functional_call ignores the weights given for sharded parameters ({listed(sharded)})"
+    hooked = [name for name, p in theta.items() if getattr(p, "_backward_hooks", None)]
+    if hooked:
+        return f"gradient hooks of parameters ({listed(hooked)}) would not see gradients at the interpolated weights"
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in names and any(True for _ in (*module.parameters(), *module.buffers())):
+            return (
+                f"torch.func.functional_call corrupts a model in which one {type(module).__name__} is reachable under "
+                f"two names ({names[module]!r} and {name!r})"
+            )
+        names[module] = name
+    return None

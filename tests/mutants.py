@@ -1,0 +1,141 @@
+"""Break the library one line at a time and see the tests fail: `make mutants`. Exit code 1 if a mutant survives.
+
+Each mutant names the tests that should notice it, so that a run takes minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+REGULARIZER = "tests/test_regularizer.py"
+DDP = "tests/distributed/test_ddp.py"
+FSDP2 = "tests/distributed/test_fsdp2.py"
+AVERAGING = "tests/test_averaging.py"
+SHARDED = "tests/distributed/test_sharded_averages.py"
+PATCHING = "tests/test_patching.py"
+CHECKPOINTS = "tests/test_checkpoints.py"
+FILES = "tests/test_files.py"
+PATH = "tests/test_path.py"
+
+MUTANTS = [
+    # file, line or part of it, what it becomes, tests
+    ("regularizer.py", "self.strength / (1 - self.alpha)", "self.strength", REGULARIZER),
+    ("regularizer.py", "self.strength / (1 - self.alpha)", "self.strength * (1 - self.alpha)", REGULARIZER),
+    ("regularizer.py", "second, 1)", "second, self.strength)", REGULARIZER),
+    ("regularizer.py", "loss_fn, first, self.strength)", "loss_fn, first, self.beta)", REGULARIZER),
+    ("regularizer.py", "inner(self.model), loss_fn, first", "self.model, loss_fn, first", DDP),
+    ("regularizer.py", "torch.lerp(p, self.anchor[name], self.alpha)", "torch.lerp(self.anchor[name], p, self.alpha)", REGULARIZER),
+    ("regularizer.py", "            loss = _accumulate(self.model, loss_fn, second, 1)\n        self.step += 1", "            loss = _accumulate(self.model, loss_fn, second, 1)", REGULARIZER),
+    ("regularizer.py", 'f"/{self._rank}" if self._rank else ""', '""', DDP),
+    ("regularizer.py", "generator.random() * total < 1", "generator.random() * total > 1", REGULARIZER),
+    ("regularizer.py", "loss_fn, batch, total)\n        return self", "loss_fn, batch, 1.0)\n        return self", REGULARIZER),
+    ("regularizer.py", "if _has_reentrant_checkpoint(output):", "if False:", REGULARIZER),
+    ("regularizer.py", "elif backward_pass != self._ended_by:", "elif False:", REGULARIZER),
+    ("regularizer.py", "not 0 <= max_alpha < 1", "max_alpha < 0 or max_alpha >= 1", REGULARIZER),
+    ("regularizer.py", "p).clone() for n, p", "p) for n, p", REGULARIZER),
+    ("regularizer.py", "slice(half, None)", "slice(None, half)", REGULARIZER),
+    ("regularizer.py", 'self.step, self.seed = int(state["step"])', "self.step, self.seed = 0", REGULARIZER),
+    ("strategies.py", "list(anchor.values()), alpha)", "list(anchor.values()), 1 - alpha)", REGULARIZER),
+    ("strategies.py", "[local(anchor[name]) for name in theta], alpha)", "[local(anchor[name]) for name in theta], 1 - alpha)", REGULARIZER),
+    ("strategies.py", ".grad = theta[name].grad, None", ".grad = None, None", REGULARIZER),
+    ("strategies.py", "    if leaked:", "    if False:", REGULARIZER),
+    ("strategies.py", "buffer.clone() for n, buffer", "buffer for n, buffer", REGULARIZER),
+    ("strategies.py", "weights + [local(buffer) for buffer in model.buffers()]", "weights", REGULARIZER),
+    ("strategies.py", "torch._foreach_copy_(tensors, backup)", "pass", REGULARIZER),
+    ("strategies.py", "    torch.clear_autocast_cache()\n", "", REGULARIZER),
+    ("strategies.py", "    reshard(model)\n", "", FSDP2),
+    ("strategies.py", "replaced.get(id(p), p.detach())", "replaced.get(id(p), p)", REGULARIZER),
+    ("strategies.py", "p.grad = gradient\n", "pass\n", REGULARIZER),
+    ("strategies.py", "    if sharded:", "    if False:", FSDP2),
+    ("strategies.py", "if module in names and", "if False and", REGULARIZER),
+    ("strategies.py", "    if hooked:\n        return", "    if False:\n        return", REGULARIZER),
+    ("strategies.py", "distributed and through_wrapper", "False", DDP),
+    ("strategies.py", "distributed and not through_wrapper", "False", DDP),
+    ("sharding.py", "compiled.module if isinstance(compiled, DistributedDataParallel) else model", "model", DDP),
+    ("sharding.py", "module.reshard()", "pass", FSDP2),
+    ("sharding.py", "name = name.replace(wrapper, \"\")", "pass", REGULARIZER),
+    ("weights.py", "p.requires_grad and p.is_floating_point()", "p.requires_grad", REGULARIZER),
+    ("weights.py", "        _overwrite(targets, backup)\n", "", "tests/test_weights.py"),
+    ("weights.py", "    torch.clear_autocast_cache()", "    pass", "tests/test_weights.py"),
+    ("weights.py", "not 0 <= value <= 1", "value < 0 or value > 1", PATCHING),
+    ("weights.py", "torch.promote_types(torch.float32, theta.dtype)", "theta.dtype", "tests/test_weights.py"),
+    ("weights.py", "        return anchor.to(theta.dtype, copy=True)", "        return theta.clone()", PATCHING),
+    ("weights.py", "anchor.to(precision), anchor_weight)", "anchor.to(precision), 1 - anchor_weight)", PATCHING),
+    ("averaging.py", "dtype = torch.promote_types(torch.float32, p.dtype)", "dtype = torch.bfloat16", AVERAGING),
+    ("averaging.py", "1 / (self.n_averaged + 1)", "1 / (self.n_averaged + 2)", AVERAGING),
+    ("averaging.py", "self.buffers[name] = buffer.clone()", "self.buffers[name].lerp_(buffer, 0.5)", AVERAGING),
+    ("averaging.py", "self.step <= self.start_step", "self.step < self.start_step", AVERAGING),
+    ("averaging.py", "{**self.weights, **self.buffers}", "self.weights", AVERAGING),
+    ("averaging.py", "(1 + n) / (10 + n)", "(1 + n) / (11 + n)", AVERAGING),
+    ("averaging.py", "1 - decay if n else 1", "1 - decay", AVERAGING),
+    ("averaging.py", "averages[self.n_averaged % len(averages)]", "averages[0]", AVERAGING),
+    ("averaging.py", "local(tensor).copy_(local(like(averages[str(i)][name], tensor)))", "pass", AVERAGING),
+    ("batchnorm.py", "dist.all_reduce(self.sums)", "pass", SHARDED),
+    ("batchnorm.py", "* n / (n - 1)", "", "tests/test_batchnorm.py"),
+    ("batchnorm.py", "and not _frozen(m, model)", "", "tests/test_batchnorm.py"),
+    ("batchnorm.py", "        model.eval()\n", "", "tests/test_batchnorm.py"),
+    ("patching.py", "dict.fromkeys(fitting, weight) | ratios", "ratios | dict.fromkeys(fitting, weight)", PATCHING),
+    ("patching.py", "torch.where(equal, first, mixed)", "mixed", PATCHING),
+    ("patching.py", "    if wrong:", "    if False:", PATCHING),
+    ("patching.py", "total + scale *", "total - scale *", PATCHING),
+    ("patching.py", "if name in kept or not is_mixed(name, tensor.dtype):", "if not is_mixed(name, tensor.dtype):", PATCHING),
+    ("patching.py", "name.rpartition(\".\")[2] not in _BATCH_NORM_BUFFERS", "True", PATCHING),
+    ("checkpoints.py", "weights_only=True, mmap=True", "weights_only=False, mmap=True", CHECKPOINTS),
+    ("checkpoints.py", "yield temporary", "yield target", CHECKPOINTS),
+    ("checkpoints.py", "stop - start != entry.n_bytes or 8 + length + stop > size", "False", CHECKPOINTS),
+    ("checkpoints.py", "source.prefix + name: torch.cat", "name: torch.cat", CHECKPOINTS),
+    ("checkpoints.py", "if not key and len(candidates) > 1:", "if False:", CHECKPOINTS),
+    ("files.py", "if final else", "if not final else", FILES),
+    ("files.py", "checkpoint.sha256() != digest", "False", FILES),
+    ("path.py", "(1 - w) * loss[0] + w * loss[1]", "w * loss[0] + (1 - w) * loss[1]", PATH),
+    ("path.py", "if value >= best:", "if True:", PATH),
+    ("path.py", "if found[left] >= found[right]:", "if found[left] < found[right]:", PATH),
+    ("path.py", "if data == self.data:", "if False:", PATH),
+    ("lightning.py", "regularizer.strength / trainer.accumulate_grad_batches", "regularizer.strength", "tests/test_lightning.py"),
+    ("transformers.py", "self._factor = self.regularizer.strength", "self._factor = 1.0", "tests/test_transformers.py"),
+]  # fmt: skip
+
+
+def survives(file: str, line: str, mutant: str, tests: str) -> bool:
+    """Whether the tests pass with the mutant in place."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("interpolate", "tests"):
+            shutil.copytree(ROOT / name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        path = Path(folder, "interpolate", file)
+        text = path.read_text()
+        if line not in text:
+            raise ValueError(f"interpolate/{file} no longer contains {line!r}; bring the list of mutants up to date.")
+        path.write_text(text.replace(line, mutant))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests]
+        environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "mutants"}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):  # 2 and above: no test was run
+        raise RuntimeError(f"{tests} could not be run with {mutant!r} in {file}:\n{done.stdout[-2000:]}")
+    return done.returncode == 0
+
+
+def main() -> int:
+    wanted = sys.argv[1:]
+    survivors = 0
+    for number, mutant in enumerate(MUTANTS):
+        if wanted and not any(word in mutant[0] for word in wanted):
+            continue
+        alive = survives(*mutant)
+        survivors += alive
+        file, line, became, _ = mutant
+        fate = "SURVIVED" if alive else "killed"
+        print(f"{number + 1:3}/{len(MUTANTS)} {fate:8} {file}: {line!r} -> {became!r}", flush=True)
+    print(f"{survivors} mutants survived")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

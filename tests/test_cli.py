@@ -1,0 +1,129 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from interpolate.__main__ import main
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with two checkpoints and something to evaluate with."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    save_file({"a.w": torch.zeros(2), "b.w": torch.zeros(1)}, "anchor.safetensors")
+    save_file({"a.w": torch.ones(2), "b.w": torch.ones(1)}, "theta.safetensors")
+    Path("scoring.py").write_text("def closeness(weights):\n    return -abs(weights['b.w'].item() - 0.25)\n")
+    return tmp_path
+
+
+PAIR = "anchor.safetensors", "theta.safetensors"
+
+
+def run(*arguments: str) -> int:
+    return main(arguments)
+
+
+def test_patch_writes_and_reports(capsys: pytest.CaptureFixture[str]):
+    assert run("patch", *PAIR, "--anchor-weight", "0.25", "-o", "out.safetensors") == 0
+    assert load_file("out.safetensors")["a.w"].tolist() == [0.75, 0.75]
+    assert "2 tensors, 2 of them weights; distance of the inputs 1.732" in capsys.readouterr().out
+
+
+def test_patch_takes_patterns():
+    assert run("patch", *PAIR, "--anchor-weight", "a.*=1", "*=0", "-o", "out.safetensors") == 0
+    assert {n: t[0].item() for n, t in load_file("out.safetensors").items()} == {"a.w": 0.0, "b.w": 1.0}
+
+
+def test_a_dry_run_writes_nothing(capsys: pytest.CaptureFixture[str]):
+    assert run("patch", *PAIR, "--anchor-weight", "0.25", "-o", "out.safetensors", "--dry-run", "--json") == 0
+    assert not os.path.exists("out.safetensors")
+    assert json.loads(capsys.readouterr().out)["tensors"][0]["distance"] == pytest.approx(2**0.5)
+
+
+def test_average_and_soup(capsys: pytest.CaptureFixture[str]):
+    assert run("average", *PAIR, "-o", "mean.safetensors") == 0
+    assert load_file("mean.safetensors")["b.w"].item() == 0.5
+    evaluate = "--evaluate", "scoring:closeness"
+    assert run("soup", *PAIR, "mean.safetensors", *evaluate, "-o", "soup.safetensors") == 0
+    assert load_file("soup.safetensors")["b.w"].item() == 0.25
+    assert "2 of 3 kept, value -0" in capsys.readouterr().err
+
+
+def test_path_prints_values_along_the_path(capsys: pytest.CaptureFixture[str]):
+    evaluate = "--evaluate", "scoring:closeness"
+    assert run("path", *PAIR, *evaluate, "--points", "5", "--json", "--plot", "path.png") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"anchor_weights": [0, 0.25, 0.5, 0.75, 1], "values": [-0.75, -0.5, -0.25, 0, -0.25]}
+    assert os.path.getsize("path.png") > 1000
+    assert run("path", *PAIR, *evaluate, "--points", "2") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "anchor_weight  value",
+        "            0  -0.75",
+        "            1  -0.25",
+    ]
+
+
+def test_inspect_lists_tensors(capsys: pytest.CaptureFixture[str]):
+    assert run("inspect", "theta.safetensors") == 0
+    assert "float32  (2,)                 a.w" in capsys.readouterr().out
+    assert run("inspect", "theta.safetensors", "--json") == 0
+    assert [t["name"] for t in json.loads(capsys.readouterr().out)["tensors"]] == ["a.w", "b.w"]
+
+
+def test_diff_tells_by_its_exit_code():
+    assert run("diff", *PAIR) == 1
+    assert run("diff", "theta.safetensors", "theta.safetensors") == 0
+
+
+def test_verify_tells_by_its_exit_code(capsys: pytest.CaptureFixture[str]):
+    run("patch", *PAIR, "--anchor-weight", "0.5", "-o", "out.safetensors")
+    capsys.readouterr()
+    assert run("verify", "out.safetensors") == 0
+    assert capsys.readouterr().out == "as its recipe says\n"
+    save_file({"a.w": torch.ones(2), "b.w": torch.zeros(1)}, "theta.safetensors")
+    assert run("verify", "out.safetensors", "--json") == 1
+    assert len(json.loads(capsys.readouterr().out)["problems"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("patch", *PAIR, "--anchor-weight", "2", "-o", "o.safetensors"), "must be in [0, 1], got 2.0"),
+        (("patch", *PAIR, "--anchor-weight", "much", "-o", "o.safetensors"), "--anchor-weight takes W or PATTERN=W"),
+        (
+            ("patch", *PAIR, "--anchor-weight", "c.*=1", "*=0", "-o", "o.safetensors"),
+            "the pattern 'c.*' in",
+        ),
+        (("patch", *PAIR, "--anchor-weight", "a.*=1", "-o", "o.safetensors"), "no pattern in anchor_weight fits b.w"),
+        (("inspect", "missing.safetensors"), "missing.safetensors"),
+        (("path", *PAIR, "--evaluate", "scoring:none"), "--evaluate takes MODULE:FUNCTION, got 'scoring:none'"),
+        (("path", *PAIR, "--evaluate", "scoring:closeness", "--points", "1"), "--points must be at least 2, got 1"),
+    ],
+)
+def test_bad_input_is_said_on_one_line(arguments: tuple, message: str, capsys: pytest.CaptureFixture[str]):
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"interpolate {arguments[0]}: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_progress_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    times = iter(range(0, 1000, 2))
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    run("average", *PAIR, "-o", "out.safetensors")
+    assert "%" not in capsys.readouterr().err
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    run("average", *PAIR, "-o", "out.safetensors")
+    assert "100 %" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module():
+    command = [sys.executable, "-m", "interpolate", "diff", *PAIR]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 1

@@ -1,0 +1,160 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from random_modules import identical, modules, moved, snapshot
+from torch import nn
+
+from interpolate import WeightMismatchError, patch, slerp, task_arithmetic, uniform_soup
+from interpolate.patching import mix
+from interpolate.weights import trainable_weights
+
+ratios = st.floats(0, 1)
+
+
+@given(modules())
+def test_the_ends_are_exact(model: nn.Module):
+    anchor, theta = model, moved(model)
+    assert identical(patch(anchor, theta, anchor_weight=0), snapshot(theta))
+    assert identical(patch(anchor, theta, anchor_weight=1), snapshot(anchor))
+
+
+@given(modules(), ratios)
+def test_inputs_are_never_modified_and_never_shared(model: nn.Module, anchor_weight: float):
+    anchor, theta = snapshot(model), snapshot(moved(model))
+    before = {n: t.clone() for n, t in anchor.items()}, {n: t.clone() for n, t in theta.items()}
+    for tensor in patch(anchor, theta, anchor_weight=anchor_weight).values():
+        tensor.zero_()
+    assert identical(anchor, before[0])
+    assert identical(theta, before[1])
+
+
+@given(modules(), ratios)
+def test_patching_is_linear(model: nn.Module, anchor_weight: float):
+    anchor, theta = model, moved(model)
+    trainable = {n for n, p in model.named_parameters() if p.is_floating_point()}
+    patched = patch(anchor, theta, anchor_weight=anchor_weight)
+    for name, tensor in patched.items():
+        if name in trainable:
+            mixed = anchor_weight * anchor.state_dict()[name] + (1 - anchor_weight) * theta.state_dict()[name]
+            torch.testing.assert_close(tensor, mixed, rtol=1e-12, atol=1e-12)  # float64, two roundings
+
+
+@given(modules(), ratios)
+def test_patching_equal_weights_changes_nothing(model: nn.Module, anchor_weight: float):
+    assert identical(patch(model, snapshot(model), anchor_weight=anchor_weight), snapshot(model))
+
+
+@given(modules(), ratios)
+def test_a_module_loads_what_patch_returns(model: nn.Module, anchor_weight: float):
+    theta = moved(model)
+    patched = patch(model, theta, anchor_weight=anchor_weight)
+    theta.load_state_dict(patched)
+    assert identical(snapshot(theta), patched)
+
+
+def test_buffers_and_integers_are_thetas():
+    anchor, theta = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    theta(torch.randn(8, 2))
+    for a, t in ((anchor, theta), (anchor.state_dict(), theta.state_dict())):
+        patched = patch(a, t, anchor_weight=0.5)
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            assert torch.equal(patched[name], theta.state_dict()[name])
+
+
+def test_a_mask_of_infinities_survives():
+    anchor, theta = (
+        {"mask": torch.full((2, 2), -torch.inf).triu(1), "w": torch.randn(2, 2, dtype=torch.double)} for _ in "at"
+    )
+    assert torch.equal(patch(anchor, theta, anchor_weight=0.5)["mask"], anchor["mask"])
+
+
+def test_result_has_the_dtype_of_theta():
+    patched = patch({"w": torch.ones(2)}, {"w": torch.zeros(2, dtype=torch.bfloat16)}, anchor_weight=0.5)
+    assert patched["w"].dtype is torch.bfloat16
+
+
+@given(modules(), ratios)
+def test_each_pattern_has_its_ratio(model: nn.Module, ratio: float):
+    anchor, theta = snapshot(model), snapshot(moved(model))
+    patched = patch(anchor, theta, anchor_weight={"0.weight": 1, "0.*": ratio, "*": 0})
+    assert torch.equal(patched["0.weight"], anchor["0.weight"])
+    assert torch.equal(patched["0.bias"], patch(anchor, theta, anchor_weight=ratio)["0.bias"])
+    assert all(torch.equal(patched[name], theta[name]) for name in theta if not name.startswith("0."))
+
+
+def test_slerp_keeps_the_length_of_what_it_turns():
+    a, b = torch.randn(2, 5).double()
+    a, b = a / a.norm(), b / b.norm()
+    for anchor_weight in (0.1, 0.5, 0.9):
+        mixed = slerp({"w": b}, {"w": a}, anchor_weight=anchor_weight)["w"]
+        torch.testing.assert_close(mixed.norm().item(), 1.0)
+        angle = torch.acos(a.dot(b))
+        torch.testing.assert_close(torch.acos(mixed.dot(a)), anchor_weight * angle)
+
+
+@given(modules(), st.sampled_from([0.0, 1.0]))
+def test_the_ends_of_the_arc_are_exact(model: nn.Module, anchor_weight: float):
+    theta = moved(model)
+    expected = patch(model, theta, anchor_weight=anchor_weight)
+    assert identical(slerp(model, theta, anchor_weight=anchor_weight), expected)
+
+
+def test_parallel_and_zero_tensors_are_mixed_along_the_chord():
+    for a, t in ((torch.ones(3), 3 * torch.ones(3)), (torch.zeros(3), torch.ones(3))):
+        assert torch.equal(
+            slerp({"w": a}, {"w": t}, anchor_weight=0.5)["w"], patch({"w": a}, {"w": t}, anchor_weight=0.5)["w"]
+        )
+
+
+@given(modules(), st.floats(-1, 2))
+def test_one_task_vector_is_a_patch_with_the_opposite_coefficient(model: nn.Module, scale: float):
+    theta, trainable = moved(model), trainable_weights(model)
+    edited = task_arithmetic(model, [theta], [scale])
+    for name, p in trainable.items():
+        expected = p + scale * (theta.state_dict()[name] - p)
+        torch.testing.assert_close(edited[name], expected.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_task_vectors_add_up_and_cancel():
+    anchor, a, b = ({"w": torch.tensor([value])} for value in (1.0, 2.0, 5.0))
+    assert task_arithmetic(anchor, [a, b], [1, 0.5])["w"].item() == 4
+    assert task_arithmetic(anchor, [a, a], [1, -1])["w"].item() == 1
+
+
+@pytest.mark.parametrize("scales", [[1.0], [1.0, float("nan")]])
+def test_scales_must_be_finite_and_one_for_each_task(scales: list[float]):
+    w = {"w": torch.ones(1)}
+    with pytest.raises(ValueError, match="scales must be 2 finite numbers"):
+        task_arithmetic(w, [w, w], scales)
+
+
+@given(modules(), st.integers(1, 4))
+def test_a_uniform_soup_is_the_mean(model: nn.Module, n: int):
+    sources = [moved(model) for _ in range(n)]
+    soup = uniform_soup(sources)
+    for name in trainable_weights(model):
+        mean = torch.stack([source.state_dict()[name] for source in sources]).mean(0)
+        torch.testing.assert_close(soup[name], mean, rtol=1e-12, atol=1e-12)
+
+
+def test_an_unknown_operation_is_refused():
+    with pytest.raises(ValueError, match="unknown operation 'blend' in a recipe"):
+        mix([{"w": torch.ones(1)}], {"operation": "blend"})
+
+
+@pytest.mark.parametrize("anchor_weight", [-0.1, 1.1, float("nan"), float("inf")])
+def test_an_anchor_weight_outside_its_range_is_refused(anchor_weight: float):
+    with pytest.raises(ValueError, match=rf"anchor_weight .* must be in \[0, 1\], got {anchor_weight}"):
+        patch({"w": torch.ones(1)}, {"w": torch.ones(1)}, anchor_weight=anchor_weight)
+
+
+def test_nan_is_named_and_counted():
+    theta = {"w": torch.tensor([1.0, torch.nan, torch.nan])}
+    with pytest.raises(ValueError, match="w has 2 values that are not finite"):
+        patch({"w": torch.ones(3)}, theta, anchor_weight=0.5)
+
+
+def test_names_must_match():
+    with pytest.raises(WeightMismatchError, match=r"1 of 1 weights missing \(model\.w\)"):
+        patch({"w": torch.ones(1)}, {"model.w": torch.ones(1)}, anchor_weight=0.5)

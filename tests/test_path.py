@@ -1,0 +1,134 @@
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from random_modules import identical, modules, moved, snapshot
+from torch import nn
+
+from interpolate import choose_anchor_weight, evaluate_path, greedy_soup, patch, uniform_soup
+from interpolate.path import ChosenWeight, PathValues
+from interpolate.weights import trainable_weights
+
+
+def scalar(value: float) -> nn.Module:
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.constant_(model.weight, value)
+    return model
+
+
+ANCHOR = {"weight": torch.zeros(1, 1, dtype=torch.float64)}
+
+
+@given(modules(), st.lists(st.floats(0, 1), min_size=1, max_size=4))
+def test_the_path_is_made_of_patched_weights_and_leaves_the_model_as_it_was(
+    model: nn.Module, anchor_weights: list[float]
+):
+    anchor, own = trainable_weights(moved(model)), snapshot(model)
+    theta = {n: p.detach().clone() for n, p in trainable_weights(model).items()}
+    seen = []
+    evaluate_path(
+        model,
+        anchor,
+        lambda m: seen.append({n: p.detach().clone() for n, p in trainable_weights(m).items()}) or 0.0,
+        anchor_weights=anchor_weights,
+    )
+    assert identical(snapshot(model), own)
+    for weight, weights in zip(anchor_weights, seen, strict=True):
+        assert identical(weights, patch(anchor, theta, anchor_weight=weight))
+
+
+def test_weights_come_back_after_an_exception_on_the_path():
+    model = scalar(2.0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate_path(model, ANCHOR, lambda _: 1 / 0)
+    assert model.weight.item() == 2
+
+
+def test_theta_may_be_given():
+    theta = {"weight": torch.full((1, 1), 8.0).double()}
+    found = evaluate_path(scalar(1.0), ANCHOR, lambda m: m.weight.item(), anchor_weights=(0, 0.25), theta=theta)
+    assert found == PathValues((0.0, 0.25), (8.0, 6.0))
+
+
+def test_every_anchor_weight_is_checked_before_the_first_evaluation():
+    with pytest.raises(ValueError, match=r"anchor_weights .* got 1\.5"):
+        evaluate_path(scalar(1.0), ANCHOR, lambda _: pytest.fail("evaluated"), anchor_weights=(0, 1.5))
+
+
+@given(st.floats(-5, 5), st.floats(-5, 5))
+def test_a_straight_line_has_no_barrier(start: float, end: float):
+    weights = (0.0, 0.25, 1.0)
+    line = PathValues(weights, tuple((1 - w) * start + w * end for w in weights))
+    assert line.barrier() == pytest.approx(0, abs=1e-12)
+
+
+def test_a_barrier_needs_both_ends():
+    with pytest.raises(ValueError, match=r"needs the values at 0 and 1, got anchor_weights \(0\.0, 0\.5\)"):
+        PathValues((0.0, 0.5), (1.0, 1.0)).barrier()
+
+
+@given(st.floats(0, 1), st.sampled_from(["grid", "golden"]))
+def test_the_best_anchor_weight_is_found(best: float, method: str):
+    model = scalar(1.0)  # its weight along the path is 1 - anchor_weight
+    chosen = choose_anchor_weight(
+        model, ANCHOR, lambda m: -abs(1 - m.weight.item() - best), data="dev", method=method, points=21
+    )
+    assert abs(chosen.anchor_weight - best) <= (0.025 if method == "grid" else 0.001) + 1e-9
+    assert len(chosen.evaluated.values) == 21
+    assert chosen.value == max(chosen.evaluated.values)
+    assert model.weight.item() == 1
+
+
+def test_a_chosen_weight_names_its_data_and_refuses_to_report_on_it():
+    chosen = choose_anchor_weight(scalar(1.0), ANCHOR, lambda m: m.weight.item(), data="dev split", points=2)
+    assert chosen.to_report_on("test split") == 0
+    with pytest.raises(ValueError, match="anchor_weight 0 was chosen on 'dev split'"):
+        chosen.to_report_on("dev split")
+
+
+def test_nan_never_wins():
+    values = iter([1.0, float("nan"), 2.0])
+    chosen = choose_anchor_weight(scalar(1.0), ANCHOR, lambda _: next(values), data="dev", points=3)
+    assert isinstance(chosen, ChosenWeight)
+    assert chosen.anchor_weight == 1
+    with pytest.raises(ValueError, match=r"gave nan at every anchor weight \(0, 1\)"):
+        choose_anchor_weight(scalar(1.0), ANCHOR, lambda _: float("nan"), data="dev", points=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": ""}, "data must name the held-out data"),
+        ({"points": 1}, "points must be at least 2, got 1"),
+        ({"method": "random"}, "method must be 'grid' or 'golden', got 'random'"),
+    ],
+)
+def test_arguments_of_the_search_are_checked(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        choose_anchor_weight(scalar(1.0), ANCHOR, lambda _: 0.0, **{"data": "dev", **options})
+
+
+def test_a_path_can_be_plotted(tmp_path: Path):
+    PathValues((0.0, 1.0), (1.0, 2.0)).plot(str(tmp_path / "path.png"), label="loss")
+    assert (tmp_path / "path.png").read_bytes().startswith(b"\x89PNG")
+
+
+def closeness_to(target: float):
+    return lambda weights: -abs(weights["w"].item() - target)
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=6))
+def test_a_greedy_soup_is_never_worse_than_its_best_ingredient(values: list[float]):
+    sources = [{"w": torch.tensor([value])} for value in values]
+    chosen, best = greedy_soup(sources, closeness_to(1.0))
+    assert best >= max(closeness_to(1.0)(source) for source in sources)
+    assert best == closeness_to(1.0)(uniform_soup([sources[i] for i in chosen]))
+
+
+def test_a_soup_of_nothing_or_of_nan_is_refused():
+    with pytest.raises(ValueError, match="at least one source"):
+        greedy_soup([], closeness_to(1.0))
+    with pytest.raises(ValueError, match="nan for source 1"):
+        greedy_soup([{"w": torch.ones(1)}, {"w": torch.zeros(1)}], lambda w: w["w"].item() or float("nan"))
