@@ -47,7 +47,7 @@ def train(config: Config) -> RunFolder:
     training_set = training_manifest(config)
     protocols = protocols_of(config, training_set)
     folder = open_for_training(config)
-    console.print(f"run: {folder.path}")
+    console.print(f"run: {folder.path}", soft_wrap=True)
     journal = Journal(folder.journal)
     journal.write("start", **provenance(), config=to_dict(config))
     torch.manual_seed(config.seed)
@@ -103,7 +103,7 @@ def evaluate_weights(config: Config, weights: Path | None, folder: RunFolder) ->
         theta, form = pretrained.read_file(weights)
         if form == "Open-VCLIP" and config.model.edge != "zero":
             config = replace(config, model=replace(config.model, edge="zero"))
-            console.print(f"{weights} is a checkpoint of the published code: evaluated with edge=zero.")
+            console.print(f"{weights} is a checkpoint of the published code: evaluated with edge=zero.", soft_wrap=True)
     anchor = trainable_weights(VideoEncoder(source.clip, edge=config.model.edge))
     if theta is not None:
         theta = {name: tensor for name, tensor in theta.items() if name.startswith("visual.") or name == "logit_scale"}
@@ -231,7 +231,10 @@ def fine_tune(
     )
     trainer.fit(batches, steps_per_epoch=steps_per_epoch, checkpoint=folder.training_state)
     if replaced:
-        console.print(f"{len(replaced)} videos could not be read and were replaced by others: see {folder.journal}")
+        console.print(
+            f"{len(replaced)} videos could not be read and were replaced by others: see {folder.journal}",
+            soft_wrap=True,
+        )
     return trainer.averager.weights
 
 
@@ -305,8 +308,8 @@ def show(config: Config, folder: RunFolder, found: list[ProtocolResult]) -> None
     patched = all(f"{config.evaluation.anchor_weight:g}" in result.accuracy for result in found)
     if patched and any(r.closed for r in found) and not all(r.closed for r in found):
         report.plot_tradeoff(folder.plot, results)
-        console.print(f"the trade-off along the anchor weight: {folder.plot}")
-    console.print(f"all figures: {folder.results}, as tables: {folder.markdown}")
+        console.print(f"the trade-off along the anchor weight: {folder.plot}", soft_wrap=True)
+    console.print(f"all figures: {folder.results}, as tables: {folder.markdown}", soft_wrap=True)
 
 
 def fingerprint(weights: Weights) -> str:

@@ -42,3 +42,12 @@ def real_videos() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real clips in {folder}; OPENVCLIP_TEST_VIDEOS names a folder of them")
     return folder
+
+
+@pytest.fixture(scope="session")
+def label_lists() -> Path:
+    """The label lists of the Open-VCLIP release and HMDB-51's official ones, kept outside of this repository."""
+    folder = Path(os.environ.get("OPENVCLIP_TEST_LISTS", Path(__file__).parents[3] / "shared" / "label_db"))
+    if not folder.is_dir():
+        pytest.skip(f"no label lists in {folder}; OPENVCLIP_TEST_LISTS names a folder of them")
+    return folder

@@ -222,7 +222,7 @@ def renamed(manifest: Manifest, names: Mapping[str, str]) -> Manifest:
 
 
 def _tidied(source: str, root: str, rows: list[tuple[str, str]]) -> Manifest:
-    raw = sorted({label for _, label in rows})
+    raw = sorted({label for _, label in rows}, key=str.casefold)  # UCF-101 counts Hammering before HammerThrow
     classes = [tidy(label) for label in raw]
     if len(set(classes)) < len(raw):
         raise ValueError(f"{source}: two classes have the same name when tidied; there are {len(raw)}: {raw}.")

@@ -49,7 +49,7 @@ class Workers(Generic[Key, Value]):
         self.time_limit_s = time_limit_s
         # workers are forked from a server that has no threads and no CUDA, so that neither can be inherited broken
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([function.__class__.__module__, __name__])
+        self._context.set_forkserver_preload(["__main__", function.__class__.__module__, __name__])
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(n)
 
@@ -138,13 +138,17 @@ def _serve(connection: Connection, function: Callable[[Any], Any], time_limit_s:
         while True:
             try:
                 key = connection.recv()
-            except (EOFError, ConnectionError):
+                # a thread of C code, which neither a hanging library nor the interpreter's lock can hold up
+                faulthandler.dump_traceback_later(time_limit_s, exit=True, file=nowhere)
+                answer = _answer(function, key)
+                faulthandler.cancel_dump_traceback_later()
+                connection.send(answer)
+            except (EOFError, ConnectionError):  # whoever asked is gone
                 return
-            # a thread of C code, which neither a hanging library nor the interpreter's lock can hold up
-            faulthandler.dump_traceback_later(time_limit_s, exit=True, file=nowhere)
-            try:
-                answer = (True, function(key))
-            except Exception as error:  # noqa: BLE001 it is raised again, or counted, by the process that asked
-                answer = (False, error)
-            faulthandler.cancel_dump_traceback_later()
-            connection.send(answer)
+
+
+def _answer(function: Callable[[Any], Any], key: Any) -> tuple[bool, Any]:
+    try:
+        return True, function(key)
+    except Exception as error:  # noqa: BLE001 it is raised again, or counted, by the process that asked
+        return False, error

@@ -151,7 +151,7 @@ def _read(path: Path) -> tuple[dict[str, Any], bool]:
             scripted = any("/code/" in name for name in archive.namelist())
         if scripted:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # OpenAI's files are what they are
+                warnings.simplefilter("ignore")  # TorchScript is deprecated, and OpenAI's files are what they are
                 return dict(torch.jit.load(path, map_location="cpu").state_dict()), True
     return torch.load(path, map_location="cpu", weights_only=True), False
 

@@ -34,7 +34,7 @@ def at_weights(model: nn.Module, weights: Weights) -> Scorer:
 
 @dataclass(frozen=True)
 class Pass:
-    """Videos to look at once, for all protocols that share their folder, their sentences and their views."""
+    """Videos to look at once, for all protocols that share some of them, their sentences and their views."""
 
     videos: tuple[str, ...]
     """Locations, each once."""
@@ -45,18 +45,30 @@ class Pass:
 
 
 def plan(protocols: Sequence[Protocol]) -> dict[Pass, list[Protocol]]:
-    """The passes that the protocols need, and which of them each is for."""
-    groups: dict[tuple, list[Protocol]] = {}
+    """The passes that the protocols need, and which each is for: protocols that share a video share its pass."""
+    groups: list[tuple[set[str], list[Protocol]]] = []
     for protocol in protocols:
-        roots = tuple(sorted({part.root for part in protocol.parts}))
-        groups.setdefault((roots, protocol.templates, protocol.sampling), []).append(protocol)
+        videos, together = set(_locations([protocol])), [protocol]
+        apart = []
+        for others, group in groups:
+            alike = (group[0].templates, group[0].sampling) == (protocol.templates, protocol.sampling)
+            if alike and videos & others:
+                videos, together = videos | others, group + together
+            else:
+                apart.append((others, group))
+        groups = [*apart, (videos, together)]
     passes = {}
-    for (_, templates, sampling), group in groups.items():
-        parts = [part for protocol in group for part in protocol.parts]
-        videos = dict.fromkeys(part.location(i) for part in parts for i in range(len(part)))
-        classes = dict.fromkeys(name for part in parts for name in part.classes)
-        passes[Pass(tuple(videos), tuple(classes), templates, sampling)] = group
+    for _, group in groups:
+        classes = dict.fromkeys(name for protocol in group for part in protocol.parts for name in part.classes)
+        one = Pass(tuple(_locations(group)), tuple(classes), group[0].templates, group[0].sampling)
+        passes[one] = group
     return passes
+
+
+def _locations(protocols: Sequence[Protocol]) -> dict[str, None]:
+    """The videos of protocols, each once, in order."""
+    parts = [part for protocol in protocols for part in protocol.parts]
+    return dict.fromkeys(part.location(i) for part in parts for i in range(len(part)))
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,8 @@ class LogitFiles:
 
     def unreadable(self) -> dict[int, str]:
         """Why videos have no logits, by index."""
-        lines = (line for path in sorted(self.path.glob("*.unreadable.jsonl")) for line in path.open(encoding="utf-8"))
+        paths = sorted(self.path.glob("*.unreadable.jsonl"))
+        lines = (line for path in paths for line in path.read_text(encoding="utf-8").splitlines())
         return {entry["video"]: entry["reason"] for entry in map(json.loads, lines)}
 
     def _file(self, process: int) -> Path:

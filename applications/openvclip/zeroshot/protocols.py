@@ -52,7 +52,7 @@ class Protocol:
         content = {
             "parts": [
                 {
-                    "classes": part.classes,
+                    "classes": sorted(part.classes),
                     "videos": sorted(
                         (PurePosixPath(path).stem, part.classes[label])
                         for path, label in zip(part.paths, part.labels, strict=True)

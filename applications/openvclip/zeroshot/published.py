@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from applications.openvclip.zeroshot.report import ProtocolResult
 
 _HASHES = {
-    "ucf101/EP1": "6fb74b5ce958c6f7",
-    "ucf101/EP2": "f5f2f46992b725f1",
-    "ucf101/EP3": "05ce4284ca5bc20d",
+    "ucf101/EP1": "1db943ac7c85d201",
+    "ucf101/EP2": "f3eb9db58005aeca",
+    "ucf101/EP3": "2233b96a5fae825a",
     "hmdb51/EP1": "7b398e5d48c3cf5a",
     "hmdb51/EP2": "238ab6d2714f77b7",
     "hmdb51/EP3": "41bfc0b4a0e3c1e0",

@@ -1,0 +1,88 @@
+"""The paper's baselines, and its recipes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from applications.openvclip import train
+from applications.openvclip.checkpoint import load_state, load_weights
+from applications.openvclip.journal import read_journal
+from applications.openvclip.l2_penalty import L2Penalty
+from applications.openvclip.recipes import RECIPES
+from tests.openvclip.test_commands import arguments
+from tests.openvclip.test_trainer import Scorer
+
+
+def test_the_l2_penalty_has_the_gradient_of_its_formula() -> None:
+    torch.manual_seed(0)
+    model = Scorer()
+    penalty = L2Penalty(model, strength=0.7)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    x = torch.randn(5, 3, 2, 2, 2)
+    loss = penalty.backward(lambda model: model(x, torch.eye(4)).square().mean())
+    found = [p.grad.clone() for p in model.parameters()]
+    distance = sum(((p - penalty.anchor[name]) ** 2).sum() for name, p in model.named_parameters())
+    plain = model(x, torch.eye(4)).square().mean()
+    expected = torch.autograd.grad(plain + 0.5 * 0.7 * distance, list(model.parameters()))
+    assert torch.equal(loss, plain)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="not negative, got -1"):
+        L2Penalty(model, strength=-1)
+
+
+def test_the_anchor_of_the_l2_penalty_survives_a_resumed_run() -> None:
+    model = Scorer()
+    penalty = L2Penalty(model, 1.0)
+    nn.init.zeros_(model.tower[1].weight)
+    resumed = L2Penalty(model, 1.0)
+    resumed.load_state_dict(penalty.state_dict())
+    assert all(torch.equal(resumed.anchor[name], tensor) for name, tensor in penalty.anchor.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "averaged", "interpolated"),
+    [("fine-tuning", False, False), ("iwr", False, True), ("swa", True, False), ("l2", True, False)],
+)
+def test_each_baseline_trains_with_its_parts_alone(
+    small_world: dict[str, Path], tmp_path: Path, method: str, averaged: bool, interpolated: bool
+) -> None:
+    train.main(arguments(small_world, tmp_path, "--method", method, "--optimization.epochs", "2"))
+    state = load_state(tmp_path / "training.pt")
+    weights, _ = load_weights(tmp_path / "averaged.safetensors")
+    last = {name: state["model"][name] for name in weights}
+    assert all(torch.equal(weights[name], last[name]) for name in weights) != averaged
+    assert (state["averager"]["n_averaged"] > 1) == averaged
+    steps = [event for event in read_journal(tmp_path / "journal.jsonl") if event["event"] == "step"]
+    assert all(("interpolated_loss" in step) == interpolated for step in steps)
+    assert any(step["alpha"] > 0 for step in steps) == interpolated
+
+
+@pytest.mark.parametrize(("name", "anchor_weight"), [("vit_b_32", 0.5), ("vit_b_16", 0.5), ("vit_l_14", 0.6)])
+def test_the_recipes_have_the_published_settings(name: str, anchor_weight: float) -> None:
+    config = train.parse([name])
+    assert config == RECIPES[name]()
+    o, d = config.optimization, config.data
+    assert (o.epochs, o.batch_size, o.warmup_epochs, o.schedule) == (22, 64, 2, "cosine")
+    assert (o.learning_rate, o.lowest_learning_rate, o.weight_decay, o.max_gradient_norm) == (3.33e-6, 3.33e-8, 0.01, 1)
+    assert (d.frames, d.stride, d.target_fps, round(d.max_short_side * 224)) == (8, 16, 30, 256)
+    assert (config.regularizer.max_alpha, config.regularizer.strength) == (0.6, 0.5)
+    assert config.evaluation.anchor_weight == anchor_weight
+    assert config.evaluation.views == 3
+    assert config.model.pretrained == "openai"
+    assert "quickgelu" in config.model.name
+    assert f"train {name} " in (RECIPES[name].__doc__ or "")
+
+
+def test_a_recipe_on_real_data_needs_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from applications.openvclip import experiment
+
+    monkeypatch.setattr(experiment, "load_clip", lambda config: None)
+    with pytest.raises(ValueError, match=r"data\.train: ViT-B-16-quickgelu needs videos to train on"):
+        train.main(["vit_b_16", "--output", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
