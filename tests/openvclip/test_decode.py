@@ -63,6 +63,14 @@ def test_both_readers_give_the_same_pixels_at_a_constant_frame_rate(tmp_path: Pa
     assert np.abs(a - b).mean() < 1  # the two round colours in different places
 
 
+@pytest.mark.parametrize("side", [16, 24, 32, 40, 48, 96, 224])
+def test_decord_serves_small_models_too(tmp_path: Path, side: int) -> None:
+    path = write_video(tmp_path / "a.mp4", ramp(30, 128, 128))
+    frames = read_with_decord(path, probe(path), (side, side), [3, 20])
+    assert frames.shape == (2, side, side, 3)
+    np.testing.assert_allclose(frames.mean(axis=(1, 2, 3)), [24, 160], atol=3)
+
+
 @pytest.mark.parametrize("name", ["k400_arm_wrestling.mp4", "k400_flipping_pancake.mkv", "part_0.mp4"])
 def test_both_readers_give_the_same_pixels_of_real_clips(real_videos: Path, name: str) -> None:
     stream = probe(real_videos / name)

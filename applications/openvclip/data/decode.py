@@ -11,6 +11,7 @@ from typing import Any
 import av
 import decord
 import numpy as np
+from PIL import Image
 
 decord.logging.set_level(decord.logging.FATAL)  # what goes wrong is raised, not printed by the C library
 av.logging.set_level(None)
@@ -147,12 +148,18 @@ def read_with_decord(path: Path, stream: Stream, size: tuple[int, int], indices:
     """
     # a frame that decord made up from its neighbours is an error, not a frame: fault_tol is their tolerated share
     tolerated: Any = 1e-9  # annotated as an integer, documented as either
-    reader = decord.VideoReader(str(path), width=size[1], height=size[0], num_threads=1, fault_tol=tolerated)
+    # decord can't hand out frames of some widths below 128 (16, 24, 32, 48, 96), so small ones are resized afterwards
+    small = size[1] < 128
+    height, width = stream.upright_size if small else size
+    reader = decord.VideoReader(str(path), width=width, height=height, num_threads=1, fault_tol=tolerated)
     if len(reader) != stream.frames:
         raise RuntimeError(f"decord finds {len(reader)} frames, and there are {stream.frames}.")
     frames = reader.get_batch(list(indices)).asnumpy()
-    if frames.shape != (len(indices), *size, 3):
-        raise RuntimeError(f"decord returned {frames.shape} instead of {(len(indices), *size, 3)}.")
+    if frames.shape != (len(indices), height, width, 3):
+        raise RuntimeError(f"decord returned {frames.shape} instead of {(len(indices), height, width, 3)}.")
+    if small and (height, width) != size:
+        images = (Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC) for frame in frames)
+        frames = np.stack([np.asarray(image) for image in images])
     return frames
 
 
