@@ -158,7 +158,7 @@ def read_with_decord(path: Path, stream: Stream, size: tuple[int, int], indices:
     if frames.shape != (len(indices), height, width, 3):
         raise RuntimeError(f"decord returned {frames.shape} instead of {(len(indices), height, width, 3)}.")
     if small and (height, width) != size:
-        images = (Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC) for frame in frames)
+        images = (Image.fromarray(frame).resize((size[1], size[0]), Image.Resampling.BICUBIC) for frame in frames)
         frames = np.stack([np.asarray(image) for image in images])
     return frames
 
