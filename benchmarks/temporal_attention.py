@@ -9,22 +9,17 @@ a query sees 2.75 N keys on average instead of N; the projections are the same.
 
 from __future__ import annotations
 
-import json
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measuring import interleaved, ratios, save
 from torch import Tensor, nn
 
-from applications.openvclip.journal import provenance
 from applications.openvclip.model.temporal_attention import temporal_attention
 
 CLIPS, FRAMES, TOKENS, HEADS, WIDTH = 2, 8, 197, 12, 768
 ROUNDS = 9
-RESULT = Path(__file__).parent / "results" / "temporal_attention.json"
 
 
 def published(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
@@ -42,18 +37,6 @@ def published(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
     return attention.out_proj((weights @ v).transpose(1, 2).flatten(2))
 
 
-def interleaved(contenders: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, after one round to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_ in range(ROUNDS + 1):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            if round_:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def main() -> None:
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
@@ -66,27 +49,16 @@ def main() -> None:
     }
     with torch.no_grad():
         torch.testing.assert_close(ways["temporal, zero"](), ways["published procedure"]())
-    seconds = interleaved({name: lambda way=way: way().square().sum().backward() for name, way in ways.items()})
-    plain = seconds["plain, frame by frame"]
-    ratios = {name: [a / b for a, b in zip(values, plain, strict=True)] for name, values in seconds.items()}
+    seconds = interleaved({name: lambda way=way: way().square().sum().backward() for name, way in ways.items()}, ROUNDS)
     keys = TOKENS * (3 * FRAMES - 2) / FRAMES  # of a query, on average; the first and last frame have two neighbours
-    floor = (4 * WIDTH + 2 * keys) / (4 * WIDTH + 2 * TOKENS)
-    result = {
-        "question": __doc__.strip().splitlines()[0],
-        "unit": "times plain attention, forward and backward, same round",
-        "rounds": ROUNDS,
-        "floor": floor,
-        "ratios": {
-            name: {"median": statistics.median(r), "lowest": min(r), "highest": max(r)} for name, r in ratios.items()
+    save(
+        "temporal_attention",
+        {
+            "runs": ROUNDS,
+            "floor": round((4 * WIDTH + 2 * keys) / (4 * WIDTH + 2 * TOKENS), 3),
+            "time_over_plain": ratios(seconds, "plain, frame by frame"),
         },
-        "milliseconds": {name: 1000 * statistics.median(values) for name, values in seconds.items()},
-        "provenance": provenance(),
-    }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"floor: {floor:.2f}")
-    for name, r in result["ratios"].items():
-        print(f"{name:24} {r['median']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f}) of plain")
+    )
 
 
 if __name__ == "__main__":
