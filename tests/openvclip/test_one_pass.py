@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from applications.openvclip import compare, evaluate
 from applications.openvclip.data.decode import Video
 from applications.openvclip.data.manifest import read_manifest
-from applications.openvclip.miniature import tiny_clip
+from applications.openvclip.miniature import glyphs, tasks, tiny_clip
+from applications.openvclip.miniature import world as world_of_glyphs
 from applications.openvclip.zeroshot import report
 from applications.openvclip.zeroshot.logits import LogitFiles
 from applications.openvclip.zeroshot.protocols import halves
@@ -250,3 +251,51 @@ def test_what_evaluate_lacks_is_named(world: Path, tmp_path: Path) -> None:
         evaluate.main(["--model.name", "miniature"])
     with pytest.raises(FileNotFoundError, match=r"absent\.pth: no such file"):
         evaluate.main(["--weights", str(tmp_path / "absent.pth"), *command(world, tmp_path, "EP2")[2:]])
+
+
+def test_every_layout_of_the_same_videos_is_the_same_evaluation(tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    rows = [(f"{name}/{name}_{i}.mp4", name) for name in ("capricorn", "cloud") for i in range(2)]
+    for seed, (path, name) in enumerate(rows):
+        (videos / path).parent.mkdir(parents=True, exist_ok=True)
+        frames = world_of_glyphs.clip(np.random.default_rng(seed), glyphs.names().index(name), "still", None, 0.3)
+        tasks.write_video(videos / path, frames)
+
+    def write(file: str, lines: list[str]) -> str:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("\n".join(lines) + "\n")
+        return file
+
+    write("release/x-index2cls.json", ['{"0": "capricorn", "1": "cloud"}'])
+    for name in ("capricorn", "cloud"):
+        write(f"hmdb/{name}_test_split1.txt", [f"{name}_{i}.mp4 2" for i in range(2)])
+    sources = {
+        "folders": "videos",
+        "ucf": write("testlist01.txt", [path for path, _ in rows]),
+        "hmdb": "hmdb",
+        "kinetics": write(
+            "val.csv",
+            ["label,youtube_id,time_start,time_end,split", *(f"{c},{Path(p).stem},0,10,val" for p, c in rows)],
+        ),
+        "release": write("release/test.csv", [f"{path},{int(name == 'cloud')}" for path, name in rows]),
+        "csv": write("m.csv", ["path,label", *(f"videos/{path},{name}" for path, name in rows)]),
+        "jsonl": write("m.jsonl", [json.dumps({"path": f"videos/{path}", "label": name}) for path, name in rows]),
+    }
+    for name, source in sources.items():
+        root = {} if name in ("folders", "csv", "jsonl") else {"root": "videos"}
+        part = {"source": source, **root}
+        content = {"name": name, "parts": [part], "templates": "objects", "sampling": SAMPLING}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    output = tmp_path / "out"
+    evaluate.main(
+        [
+            *("--model.name", "miniature", "--output", str(output), "--workers", "1"),
+            *("--protocols", *(str(tmp_path / f"{name}.json") for name in sources)),
+        ]
+    )
+    results = json.loads((output / "results.json").read_text())["protocols"]
+    assert results.keys() == sources.keys()
+    assert {result["videos"] for result in results.values()} == {4}
+    assert all(result["unreadable"] == {} for result in results.values())
+    assert len({result["hash"] for result in results.values()}) == 1
+    assert len({json.dumps(result["accuracy"]) for result in results.values()}) == 1
