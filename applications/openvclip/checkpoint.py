@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from interpolate.weights import Weights
@@ -28,7 +28,8 @@ def load_state(path: Path) -> dict[str, Any]:
 def save_weights(path: Path, weights: Weights, metadata: dict[str, str]) -> None:
     """Write weights as safetensors, with metadata that says what they are."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    _write(path, lambda temporary: save_file(tensors, temporary, metadata))
+    # not save_file, whose files nobody but their owner may read
+    _write(path, lambda temporary: temporary.write_bytes(save(tensors, metadata)))
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

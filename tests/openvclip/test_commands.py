@@ -72,6 +72,7 @@ def test_the_patched_weights_are_the_interpolation(run: Path, source) -> None:
     patched = load_file(run / "patched.safetensors")
     anchor = source.clip.state_dict()
     assert patched.keys() == weights(run).keys() < anchor.keys()
+    assert (run / "patched.safetensors").stat().st_mode == (run / "config.json").stat().st_mode  # as the umask has it
     for name, theta in weights(run).items():
         torch.testing.assert_close(patched[name], 0.5 * anchor[name] + 0.5 * theta)
     source.clip.load_state_dict(patched, strict=False)
