@@ -112,7 +112,7 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         stream.height, stream.width = frames.shape[1] * ENLARGED, frames.shape[2] * ENLARGED
         stream.pix_fmt = "yuv420p"
         for frame in frames.repeat(ENLARGED, axis=1).repeat(ENLARGED, axis=2):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")))
         container.mux(stream.encode())
     temporary.replace(path)
 
