@@ -68,6 +68,13 @@ def test_a_clip_survives_its_file(tmp_path: Path) -> None:
     assert np.abs(decoded.astype(float) - frames).mean() < 5  # of 255: lossy, with colours at half the resolution
 
 
+def test_a_clip_is_the_same_file_every_time(tmp_path: Path) -> None:
+    frames = tasks.render(tasks.draw_sets(seed=0, train_videos_per_class=1)["closed"][5])
+    for i in range(5):
+        tasks.write_video(tmp_path / f"{i}.mp4", frames)
+    assert len({(tmp_path / f"{i}.mp4").read_bytes() for i in range(5)}) == 1
+
+
 def test_sets_are_made_once_and_completed_after_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

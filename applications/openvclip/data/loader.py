@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import tee
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from applications.openvclip.data.dataset import TrainingClips, TrainingKey
+from applications.openvclip.data.dataset import TrainingClips
 from applications.openvclip.data.decode import VideoReadError
 from applications.openvclip.data.transforms import Normalisation, normalised
 from applications.openvclip.data.workers import Workers
@@ -51,7 +52,8 @@ class TrainingOrder:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.first_step, self.last_step):
             epoch, position = divmod(step, self.steps_per_epoch)
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.n_samples)
+            if position == 0 or step == self.first_step:
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.n_samples)
             batch = order[position * self.batch_size : (position + 1) * self.batch_size]
             yield [(epoch, int(i)) for i in batch]
 
@@ -80,10 +82,10 @@ def training_batches(
     Raises:
         VideoReadError: None of 10 videos that were to take one place could be read.
     """
-    keys: list[TrainingKey] = [(epoch, i, 0) for batch in order for epoch, i in batch]
+    keys, asked = tee((epoch, i, 0) for batch in order for epoch, i in batch)  # not a list: a run has millions
     with Workers(clips, workers, time_limit_s) as pool:
         batch: list[tuple[np.ndarray, int]] = []
-        for (epoch, i, _), value in zip(keys, pool.map(keys, ahead=max(4 * workers, order.batch_size)), strict=True):
+        for (epoch, i, _), value in zip(asked, pool.map(keys, ahead=max(4 * workers, order.batch_size)), strict=True):
             attempt = 0
             while isinstance(value, VideoReadError):
                 on_unreadable(clips.manifest.location(clips.video((epoch, i, attempt))), str(value))
