@@ -246,7 +246,7 @@ def write(
             source.prefix + name: torch.cat([*pieces(name)]).reshape(entry.shape)
             for name, entry in source.entries.items()
         } | source.extras
-        with _replacing(path) as temporary, _flushed(temporary) as file:
+        with replacing(path) as file:
             torch.save({source.key: weights, **metadata(True)} if source.key else weights, file)
     else:
         raise CheckpointError(f"the output must end in .safetensors, .pt, .pth, .pyth, .ckpt or .bin, got {path!r}.")
@@ -289,6 +289,13 @@ def _write_safetensors(
 def _bytes(tensor: Tensor) -> Any:
     """The memory of a contiguous tensor as a buffer; numpy, which has no bfloat16, is not needed for it."""
     return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.numel() else bytearray()
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write, which gets its name, in place of what had it, when the block ends well and it is on the disk."""
+    with _replacing(os.fspath(path)) as temporary, _flushed(temporary) as file:
+        yield file
 
 
 @contextmanager

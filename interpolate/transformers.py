@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from interpolate.averaging import SWAAverager, WeightAverager
+from interpolate.checkpoints import replacing
 from interpolate.regularizer import InterpolatedWeightRegularizer
 
 
@@ -86,7 +87,8 @@ class AveragingCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.averager is not None
         if state.is_world_process_zero:
-            torch.save(self.averager.state_dict(), self._file(args, state))
+            with replacing(self._file(args, state)) as file:
+                torch.save(self.averager.state_dict(), file)
 
     def _file(self, args: TrainingArguments, state: TrainerState) -> str:
         return os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}", self.FILE)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +10,14 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from interpolate.checkpoints import replacing
 from interpolate.weights import Weights
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write the state of training: tensors, numbers and texts in dicts and lists."""
-    _write(path, lambda temporary: torch.save(state, temporary))
+    with replacing(path) as file:
+        torch.save(state, file)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -28,8 +28,8 @@ def load_state(path: Path) -> dict[str, Any]:
 def save_weights(path: Path, weights: Weights, metadata: dict[str, str]) -> None:
     """Write weights as safetensors, with metadata that says what they are."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    # not save_file, whose files nobody but their owner may read
-    _write(path, lambda temporary: temporary.write_bytes(save(tensors, metadata)))
+    with replacing(path) as file:  # not save_file, whose files nobody but their owner may read
+        file.write(save(tensors, metadata))
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -40,16 +40,5 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file."""
-    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file under another name, flush it to the disk, and only then give it its name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode())

@@ -50,10 +50,11 @@ class TrainingOrder:
         return self.last_step - self.first_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        drawn, order = -1, np.empty(0, np.int64)
         for step in range(self.first_step, self.last_step):
             epoch, position = divmod(step, self.steps_per_epoch)
-            if position == 0 or step == self.first_step:
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.n_samples)
+            if epoch != drawn:
+                drawn, order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n_samples)
             batch = order[position * self.batch_size : (position + 1) * self.batch_size]
             yield [(epoch, int(i)) for i in batch]
 

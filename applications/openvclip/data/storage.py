@@ -78,9 +78,9 @@ def filesystem_of(location: str) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(location)
 
 
-def default_cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "interpolate" / "videos"
+def cache_root() -> Path:
+    """The folder of all that can be made or fetched again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "interpolate"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Cache:
     Any number of processes may share the folder. A file in use stays readable when another process evicts it.
     """
 
-    folder: Path = field(default_factory=default_cache)
+    folder: Path = field(default_factory=lambda: cache_root() / "videos")
     max_bytes: int = 20 * 10**9
 
     @contextmanager
