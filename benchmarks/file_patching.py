@@ -9,14 +9,12 @@ without that as well.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 
 import torch
-from measuring import ratios, save
+from measuring import alone, ratios, save
 from safetensors.torch import load_file, save_file
 
 RUNS = 7
@@ -77,14 +75,6 @@ CONTENDERS = {
 }
 
 
-def alone(function: str, folder: str, name: str) -> float:
-    """The value of a function of this module in a process of its own."""
-    code = f"import file_patching; print(file_patching.{function}({folder!r}, {name!r}))"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=os.path.dirname(__file__))
-    return float(done.stdout.split()[-1])
-
-
 def seconds_here(folder: str, name: str) -> float:
     import interpolate  # noqa: F401 # not counted
 
@@ -127,13 +117,15 @@ def main() -> None:
         seconds = {name: [] for name in CONTENDERS}
         for _ in range(RUNS):
             for name, values in seconds.items():
-                values.append(alone("seconds_here", folder, name))
+                values.append(alone("file_patching", "seconds_here", folder, name))
         results = {
             "runs": RUNS,
             "file_mb": round(os.path.getsize(f"{folder}/theta.safetensors") / 1e6),
             "time_over_load_mix_save": ratios(seconds, "load, mix, save"),
             "time_over_floor": ratios(seconds, "floor"),
-            "anonymous_memory_mb": {name: round(alone("memory_here", folder, name), 1) for name in CONTENDERS},
+            "anonymous_memory_mb": {
+                name: round(alone("file_patching", "memory_here", folder, name), 1) for name in CONTENDERS
+            },
         }
     save("file_patching", results)
 

@@ -7,13 +7,10 @@ the process with the model built. The anchor is one of the copies.
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 
 import torch
 from iwr_step import MODELS
-from measuring import save
+from measuring import alone, save
 from torch import Tensor, nn
 
 from interpolate import InterpolatedWeightRegularizer
@@ -21,15 +18,8 @@ from interpolate import InterpolatedWeightRegularizer
 F = nn.functional
 
 
-def peak(model_name: str, kind: str) -> float:
-    """Peak memory of one step in a process of its own, in copies of the parameters, above the model's own."""
-    code = f"import iwr_memory; print(iwr_memory.peak_here({model_name!r}, {kind!r}))"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=os.path.dirname(__file__))
-    return float(done.stdout.split()[-1])
-
-
 def peak_here(model_name: str, kind: str) -> float:
+    """Peak memory of steps in this process, in copies of the parameters, above the model's own."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, x, y = MODELS[model_name]()
@@ -62,8 +52,10 @@ def main() -> None:
     torch.set_num_threads(1)
     results = {}
     for name in MODELS:
-        plain = peak(name, "plain step")
-        results[name] = {kind: round(peak(name, kind) - plain, 2) for kind in ("functional", "in_place")}
+        plain = alone("iwr_memory", "peak_here", name, "plain step")
+        results[name] = {
+            kind: round(alone("iwr_memory", "peak_here", name, kind) - plain, 2) for kind in ("functional", "in_place")
+        }
     save("iwr_memory", {"peak_above_plain_step_in_copies_of_the_parameters": results})
 
 

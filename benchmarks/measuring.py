@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +28,14 @@ def interleaved(contenders: dict[str, Callable[[], object]], runs: int) -> dict[
             if run:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def alone(module: str, function: str, *arguments: str) -> float:
+    """The value of a script's function in a process of its own."""
+    code = f"import {module}; print({module}.{function}(*{arguments!r}))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    return float(done.stdout.split()[-1])
 
 
 def ratios(seconds: dict[str, list[float]], reference: str) -> dict[str, dict[str, float]]:

@@ -35,19 +35,21 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return manifests
 
 
+def kept_outside(name: str, variable: str) -> Path:
+    """A folder of real data that is no part of this repository: beside it, or where an environment variable says."""
+    folder = Path(os.environ.get(variable, Path(__file__).parents[3] / "shared" / name))
+    if not folder.is_dir():
+        pytest.skip(f"there is no {folder}; {variable} names such a folder")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def real_videos() -> Path:
-    """A folder of clips from real data sets, kept outside of this repository."""
-    folder = Path(os.environ.get("OPENVCLIP_TEST_VIDEOS", Path(__file__).parents[3] / "shared" / "videos"))
-    if not folder.is_dir():
-        pytest.skip(f"no real clips in {folder}; OPENVCLIP_TEST_VIDEOS names a folder of them")
-    return folder
+    """Clips from real data sets."""
+    return kept_outside("videos", "OPENVCLIP_TEST_VIDEOS")
 
 
 @pytest.fixture(scope="session")
 def label_lists() -> Path:
-    """The label lists of the Open-VCLIP release and HMDB-51's official ones, kept outside of this repository."""
-    folder = Path(os.environ.get("OPENVCLIP_TEST_LISTS", Path(__file__).parents[3] / "shared" / "label_db"))
-    if not folder.is_dir():
-        pytest.skip(f"no label lists in {folder}; OPENVCLIP_TEST_LISTS names a folder of them")
-    return folder
+    """The label lists of the Open-VCLIP release and HMDB-51's official ones."""
+    return kept_outside("label_db", "OPENVCLIP_TEST_LISTS")
