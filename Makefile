@@ -1,13 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check bench mutants
+.PHONY: train test test-all check bench mutants
 
 train: .venv/installed  ## Fine-tune and evaluate Open-VCLIP on the built-in miniature; ARGS="..." overrides the recipe
 	$(BIN)/python -m applications.openvclip.train $(ARGS)
 
-test: .venv/installed  ## Run every test
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/installed  ## Run the tests, a process for each core; what takes long is left to test-all
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow' $(ARGS)
+
+test-all: test  ## Run every test: other libraries' models and trainers, kills, a whole run of the miniature
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: .venv/installed  ## Lint, formatting, types, import rules
 	$(BIN)/ruff check

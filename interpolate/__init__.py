@@ -2,12 +2,12 @@
 
 from interpolate.averaging import EMAAverager, LAWAAverager, SWAAverager, WeightAverager
 from interpolate.batchnorm import reestimate_batchnorm
-from interpolate.checkpoints import CheckpointError
+from interpolate.errors import CheckpointError, WeightMismatchError
 from interpolate.files import average_files, patch_files
 from interpolate.patching import patch, slerp, task_arithmetic, uniform_soup
 from interpolate.path import choose_anchor_weight, evaluate_path, greedy_soup
 from interpolate.regularizer import InterpolatedWeightRegularizer
-from interpolate.weights import WeightMismatchError, applied, load_weights
+from interpolate.weights import applied, load_weights
 
 __all__ = [
     "CheckpointError",

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interpolate._sharding import bare_name, inner, like, local
 from interpolate.batchnorm import reestimate_batchnorm
-from interpolate.sharding import bare_name, inner, like, local
 from interpolate.weights import applied, check_match, trainable_weights
 
 

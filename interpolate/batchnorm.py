@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from interpolate.sharding import inner
+from interpolate._sharding import inner
 
 
 @torch.no_grad()

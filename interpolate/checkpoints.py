@@ -13,16 +13,17 @@ import json
 import math
 import os
 import posixpath
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import fsspec
 import torch
-from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
+
+from interpolate._pickled import opened, unpickled
+from interpolate.atomic import flushed, replaced_path, replacing
+from interpolate.errors import CheckpointError
 
 CHUNK = 1 << 18
 """How many elements of a tensor are in memory at a time: 1 MiB of float32."""
@@ -44,14 +45,8 @@ _DTYPES = {
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _INDEX = ".safetensors.index.json"
-_KEYS = "state_dict", "state_dict_ema", "current_model_state", "model_state", "model_state_dict", "model", "model_ema"
-"""Where Lightning, timm, Open-VCLIP and others keep weights in what they pickle."""
 _PREFIXES = "module.", "model.", "_orig_mod."
 _COUNTER = "n_averaged"
-
-
-class CheckpointError(ValueError):
-    """A file is not a checkpoint, not a whole one, or not of a kind that is read here."""
 
 
 @dataclass(frozen=True)
@@ -157,11 +152,11 @@ class Checkpoint:
             return self._index()
         if self.path.endswith(".safetensors"):
             return self._header(self.path)
-        self.key, self._tensors = _unpickled(self.path, self.key)
+        self.key, self._tensors = unpickled(self.path, self.key)
         return {n: Entry(t.dtype, tuple(t.shape), posixpath.basename(self.path)) for n, t in self._tensors.items()}
 
     def _index(self) -> dict[str, Entry]:
-        with _opened(self.path) as file:
+        with opened(self.path) as file:
             weight_map = _parsed(file.read(), self.path).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise CheckpointError(f"{self.path} has no weight_map; it is not the index of a sharded checkpoint.")
@@ -179,7 +174,7 @@ class Checkpoint:
     def _header(self, path: str) -> dict[str, Entry]:
         """The entries of one safetensors file, which is left open for `chunks`."""
         shard = posixpath.basename(path)
-        file = self._open[shard] = _opened(path)
+        file = self._open[shard] = opened(path)
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         length = int.from_bytes(file.read(8), "little")
@@ -227,7 +222,7 @@ def write(
         fs, target = fsspec.core.url_to_fs(path)
         if fs.exists(target):
             raise FileExistsError(f"{path} exists; sharded checkpoints are written to new folders only.")
-        with _replacing(path, folder=True) as folder:
+        with replaced_path(path, folder=True) as folder:
             shards: dict[str, list[str]] = {}
             for name, entry in source.entries.items():
                 shards.setdefault(entry.shard, []).append(name)
@@ -236,10 +231,10 @@ def write(
             total = sum(entry.n_bytes for entry in source.entries.values())
             weight_map = {source.prefix + name: entry.shard for name, entry in source.entries.items()}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            with _flushed(os.path.join(folder, posixpath.basename(source.path))) as file:
+            with flushed(os.path.join(folder, posixpath.basename(source.path))) as file:
                 file.write(json.dumps(index, indent=2).encode())
     elif path.endswith(".safetensors"):
-        with _replacing(path) as temporary:
+        with replaced_path(path) as temporary:
             _write_safetensors(temporary, source, list(source.entries), pieces, metadata)
     elif posixpath.splitext(path)[1] in (".pt", ".pth", ".pyth", ".ckpt", ".bin"):
         weights = {
@@ -274,7 +269,7 @@ def _write_safetensors(
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    with _flushed(path) as file:
+    with flushed(path) as file:
         before = header(False)
         file.write(before)
         for name in names:
@@ -291,55 +286,8 @@ def _bytes(tensor: Tensor) -> Any:
     return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.numel() else bytearray()
 
 
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write, which gets its name, in place of what had it, when the block ends well and it is on the disk."""
-    with _replacing(os.fspath(path)) as temporary, _flushed(temporary) as file:
-        yield file
-
-
-@contextmanager
-def _flushed(path: str) -> Iterator[BinaryIO]:
-    """A new file, on the disk when the block ends."""
-    with open(path, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def _replacing(path: str, folder: bool = False) -> Iterator[str]:
-    """A temporary name beside the target, moved to it in one step if the block succeeds, and removed if it doesn't."""
-    fs, target = fsspec.core.url_to_fs(path)
-    is_local = isinstance(fs, LocalFileSystem)
-    parent = (os.path.dirname(target) or ".") if is_local else None
-    with tempfile.TemporaryDirectory(prefix=".interpolate-", dir=parent) as scratch:
-        temporary = os.path.join(scratch, "new")
-        if folder:
-            os.mkdir(temporary)
-        yield temporary
-        if is_local:
-            os.replace(temporary, target)
-            _sync_folder(parent)
-        else:
-            fs.put(temporary, target, recursive=folder)
-
-
-def _sync_folder(path: str | None) -> None:
-    descriptor = os.open(path or ".", os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sizes(n: int) -> list[int]:
     return [CHUNK] * ((n - 1) // CHUNK) + [(n - 1) % CHUNK + 1] if n else [0]
-
-
-def _opened(path: str) -> Any:
-    fs, target = fsspec.core.url_to_fs(path)
-    return fs.open(target, "rb")
 
 
 def _parsed(text: bytes, path: str) -> dict[str, Any]:
@@ -354,35 +302,10 @@ def _parsed(text: bytes, path: str) -> dict[str, Any]:
 
 def _sha256(path: str) -> str:
     digest, piece = hashlib.sha256(), memoryview(bytearray(1 << 18))  # small enough to stay in the processor's cache
-    with _opened(path) as file:
+    with opened(path) as file:
         while n := file.readinto(piece):
             digest.update(piece[:n])
     return digest.hexdigest()
-
-
-def _unpickled(path: str, key: str) -> tuple[str, dict[str, Tensor]]:
-    """The named tensors in a file of `torch.save` and the key that they are under, if any."""
-    fs, target = fsspec.core.url_to_fs(path)
-    if isinstance(fs, LocalFileSystem):
-        content = torch.load(target, map_location="cpu", weights_only=True, mmap=True)
-    else:
-        with _opened(path) as file:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not named tensors.")
-    candidates = [k for k in _KEYS if isinstance(content.get(k), Mapping)]
-    if key and not isinstance(content.get(key), Mapping):
-        raise CheckpointError(f"{path} has no weights under {key!r}; it has {candidates or list(content)[:5]}.")
-    if not key and len(candidates) > 1:
-        raise CheckpointError(
-            f"{path} holds several sets of weights ({', '.join(candidates)}); pick one, as in {path}::{candidates[0]}."
-        )
-    key = key or "".join(candidates)
-    weights = content[key] if key else content
-    tensors = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
-    if not tensors:
-        raise CheckpointError(f"{path} holds no tensors; its keys are {list(weights)[:5]}.")
-    return key, tensors
 
 
 def _common_prefix(names: Iterable[str]) -> str:

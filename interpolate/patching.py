@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from interpolate._sharding import bare_name, inner
 from interpolate.checkpoints import Checkpoint
-from interpolate.sharding import bare_name, inner
 from interpolate.weights import Weights, check_coefficient, check_match, lerp, listed
 
 Source: TypeAlias = "Weights | nn.Module | str | os.PathLike[str]"

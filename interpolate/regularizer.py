@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from interpolate.sharding import inner, is_sharded, like, local
-from interpolate.strategies import STRATEGIES, call_at, choose_strategy
+from interpolate._sharding import inner, is_sharded, like, local
+from interpolate._strategies import STRATEGIES, call_at, choose_strategy
 from interpolate.weights import Weights, check_match, trainable_weights
 
 T = TypeVar("T")

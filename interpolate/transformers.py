@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from interpolate.atomic import replacing
 from interpolate.averaging import SWAAverager, WeightAverager
-from interpolate.checkpoints import replacing
 from interpolate.regularizer import InterpolatedWeightRegularizer
 
 

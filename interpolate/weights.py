@@ -9,16 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interpolate.sharding import bare_name, inner, like, local, reshard
+from interpolate._sharding import bare_name, inner, like, local, reshard
+from interpolate.errors import WeightMismatchError
 
 Weights = Mapping[str, Tensor]
 """Named tensors, as `state_dict()` and `named_parameters()` give them."""
 
 _LISTED = 3
-
-
-class WeightMismatchError(ValueError):
-    """Two sets of weights do not belong to the same architecture; the message lists the differences."""
 
 
 def trainable_weights(module: nn.Module) -> dict[str, nn.Parameter]:

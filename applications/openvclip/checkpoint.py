@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from interpolate.checkpoints import replacing
+from interpolate.atomic import replacing
 from interpolate.weights import Weights
 
 

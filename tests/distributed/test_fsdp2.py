@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from two_ranks import WORLD_SIZE, claims_of, outcomes
 
 from interpolate import InterpolatedWeightRegularizer, load_weights
-from interpolate.sharding import reshard
+from interpolate._sharding import reshard
 from interpolate.weights import applied, trainable_weights
 
 F = nn.functional

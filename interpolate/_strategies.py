@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from interpolate.sharding import inner, is_sharded, local, reshard
+from interpolate._sharding import inner, is_sharded, local, reshard
 from interpolate.weights import Weights, listed
 
 T = TypeVar("T")
