@@ -80,6 +80,8 @@ def slerp(anchor: Source, theta: Source, *, anchor_weight: float) -> dict[str, T
 def uniform_soup(sources: Sequence[Source]) -> dict[str, Tensor]:
     """The mean of several sets of weights; what is not mixed is that of the first.
 
+    Summed in float64 and rounded once, to the dtype of the first.
+
     Source: Wortsman et al. 2022 (arXiv 2203.05482), "Model soups".
 
     Example:
@@ -158,10 +160,10 @@ def compiled(recipe: Recipe, names: Sequence[str], n_sources: int) -> Callable[[
 
 def _mean(tensors: list[Tensor]) -> Tensor:
     first = tensors[0].detach()
-    mean = first.to(torch.promote_types(torch.float32, first.dtype))
-    for n, tensor in enumerate(tensors[1:], start=1):
-        mean = torch.lerp(mean, tensor.detach().to(mean), 1 / (n + 1))
-    return mean.to(first.dtype, copy=True)
+    total = first.to(torch.float64, copy=True)  # a running mean in float32 hardly moves after some thousand tensors
+    for tensor in tensors[1:]:
+        total += tensor.detach().to(first.device)
+    return (total / len(tensors)).to(first.dtype)
 
 
 def _sum_of_tasks(tensors: list[Tensor], scales: Sequence[float]) -> Tensor:

@@ -136,6 +136,14 @@ def test_scales_must_be_finite_and_one_for_each_task(scales: list[float]):
         task_arithmetic(w, [w, w], scales)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_soup_of_very_many_does_not_freeze(dtype: torch.dtype):
+    early, late = ({"w": torch.tensor([value], dtype=dtype)} for value in (1.0, 1.001))
+    soup = uniform_soup([early] * 1_000 + [late] * 49_000)["w"]
+    exact = (early["w"].double() + 49 * late["w"].double()) / 50
+    torch.testing.assert_close(soup, exact.to(dtype), rtol=1e-10, atol=0)  # the same float32
+
+
 @given(modules(), st.integers(1, 4))
 def test_a_uniform_soup_is_the_mean(model: nn.Module, n: int):
     sources = [moved(model) for _ in range(n)]
