@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
+from interpolate._unmixable import check_mixable
 from interpolate.checkpoints import Checkpoint, write
 from interpolate.patching import Ratio, Recipe, compiled, is_mixed
 from interpolate.weights import check_match
@@ -161,6 +162,8 @@ class _Mixing:
         entries = checkpoints[0].entries
         for other in checkpoints[1:]:
             check_match(entries, other.entries)
+        if not self.only_read:
+            check_mixable(*(checkpoint.entries for checkpoint in checkpoints))
         self.operation = compiled(recipe, list(entries), len(checkpoints))
         self.total = sum(entry.n_bytes for entry in entries.values())
         self.done = 0

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from interpolate._sharding import bare_name, inner
+from interpolate._unmixable import check_mixable
 from interpolate.checkpoints import Checkpoint
-from interpolate.weights import Weights, check_coefficient, check_match, lerp, listed
+from interpolate.weights import Weights, check_coefficient, check_match, lerp, listed, mixing_precision
 
 Source: TypeAlias = "Weights | nn.Module | str | os.PathLike[str]"
 """Where weights come from: a state dict, a module, or the path or URL of a checkpoint."""
@@ -111,8 +112,12 @@ def task_arithmetic(anchor: Source, thetas: Sequence[Source], scales: Sequence[f
 
 def mix(sources: Sequence[Source], recipe: Recipe) -> dict[str, Tensor]:
     """Carry out a recipe on whole tensors in memory. The first source gives names, dtypes and what is not mixed."""
+    if not sources:
+        raise ValueError("there is nothing to mix: no set of weights was given.")
     kept = set().union(*map(_buffer_names, sources))
-    first, *others = map(_tensors, sources)
+    sets = [*map(_tensors, sources)]
+    check_mixable(*sets)
+    first, *others = sets
     for other in others:
         check_match(first, other)
     operation = compiled(recipe, list(first), len(sources))
@@ -162,13 +167,13 @@ def _mean(tensors: list[Tensor]) -> Tensor:
     first = tensors[0].detach()
     total = first.to(torch.float64, copy=True)  # a running mean in float32 hardly moves after some thousand tensors
     for tensor in tensors[1:]:
-        total += tensor.detach().to(first.device)
+        total += tensor.detach().to(first.device, mixing_precision(tensor.dtype))  # float8 is not promoted
     return (total / len(tensors)).to(first.dtype)
 
 
 def _sum_of_tasks(tensors: list[Tensor], scales: Sequence[float]) -> Tensor:
     anchor = tensors[0].detach()
-    total = wide = anchor.to(torch.promote_types(torch.float32, anchor.dtype))
+    total = wide = anchor.to(mixing_precision(anchor.dtype))
     for theta, scale in zip(tensors[1:], scales, strict=True):
         total = total + scale * (theta.detach().to(wide) - wide)
     return total.to(anchor.dtype, copy=True)
@@ -186,12 +191,13 @@ def _slerp(theta: Tensor, anchor: Tensor, anchor_weight: float) -> Tensor:
 
 def _checked(name: str, mixed: Tensor, tensors: list[Tensor]) -> Tensor:
     """The mixed tensor, if it is finite; where all tensors are equal, infinite values are theirs and not nan."""
-    if mixed.to(torch.promote_types(torch.float32, mixed.dtype)).sum().isfinite():
+    wide = mixed.to(mixing_precision(mixed.dtype))  # float8 has no isfinite
+    if wide.sum().isfinite():
         return mixed
     first = tensors[0].detach()
     equal = torch.stack([first == tensor.to(first) for tensor in tensors]).all(0)
     mixed = torch.where(equal, first, mixed)
-    wrong = int((~(mixed.isfinite() | equal)).sum())
+    wrong = int((~(wide.isfinite() | equal)).sum())
     if wrong:
         raise ValueError(
             f"{name} has {wrong} values that are not finite after mixing; look for nan or inf in what is mixed."

@@ -62,15 +62,20 @@ def check_coefficient(name: str, value: float) -> None:
 def lerp(theta: Tensor, anchor: Tensor, anchor_weight: float) -> Tensor:
     """`anchor_weight * anchor + (1 - anchor_weight) * theta`, a new tensor in theta's dtype and on its device.
 
-    0 gives theta and 1 the anchor bit for bit. Half precision is mixed in float32 and rounded once.
+    0 gives theta and 1 the anchor bit for bit. Half precision and float8 are mixed in float32 and rounded once.
     """
     theta, anchor = theta.detach(), anchor.detach().to(theta.device)
     if anchor_weight == 0:
         return theta.clone()
     if anchor_weight == 1:
         return anchor.to(theta.dtype, copy=True)
-    precision = torch.promote_types(torch.float32, theta.dtype)
+    precision = mixing_precision(theta.dtype)
     return torch.lerp(theta.to(precision), anchor.to(precision), anchor_weight).to(theta.dtype)
+
+
+def mixing_precision(dtype: torch.dtype) -> torch.dtype:
+    """What floating-point weights are mixed in: float32, of which half precision and float8 are parts, or float64."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 @contextmanager

@@ -22,6 +22,7 @@ SHARDED = "tests/distributed/test_sharded_averages.py"
 PATCHING = "tests/test_patching.py"
 CHECKPOINTS = "tests/test_checkpoints.py"
 FILES = "tests/test_files.py"
+UNMIXABLE = "tests/test_unmixable.py"
 PATH = "tests/test_path.py"
 
 MUTANTS = [
@@ -87,6 +88,14 @@ MUTANTS = [
     ("patching.py", "total + scale *", "total - scale *", PATCHING),
     ("patching.py", "if name in kept or not is_mixed(name, tensor.dtype):", "if not is_mixed(name, tensor.dtype):", PATCHING),
     ("patching.py", "name.rpartition(\".\")[2] not in _BATCH_NORM_BUFFERS", "True", PATCHING),
+    ("patching.py", "    check_mixable(*sets)\n", "", UNMIXABLE),
+    ("files.py", "        if not self.only_read:\n", "        if False:\n", UNMIXABLE),
+    ("_unmixable.py", "        if factors:", "        if False:", UNMIXABLE),
+    ("_unmixable.py", "        if codes:", "        if False:", UNMIXABLE),
+    ("_unmixable.py", 'and not beside("fake_quant_enabled")', "", UNMIXABLE),
+    ("_unmixable.py", "any(scale not in _FLOAT8 for", "any(True for", UNMIXABLE),
+    ("_unmixable.py", " or bool(scales) or", " or", UNMIXABLE),
+    ("_unmixable.py", "_kind(dtype) != _kind(others_dtype)", "False", UNMIXABLE),
     ("checkpoints.py", "weights_only=True, mmap=True", "weights_only=False, mmap=True", CHECKPOINTS),
     ("checkpoints.py", "yield temporary", "yield target", CHECKPOINTS),
     ("checkpoints.py", "stop - start != entry.n_bytes or 8 + length + stop > size", "False", CHECKPOINTS),
