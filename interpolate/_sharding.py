@@ -1,4 +1,4 @@
-"""What wrappers and sharding do to a module's names and tensors: DDP, `torch.compile`, FSDP2 and other DTensors."""
+"""What DDP and sharding do to a module and its tensors: FSDP2 and other DTensors."""
 
 from __future__ import annotations
 
@@ -9,21 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-"""What `torch.compile` and activation checkpointing put in front of the names of what they wrap."""
-
 
 def inner(model: nn.Module) -> nn.Module:
     """The module inside `DistributedDataParallel`, whose forward pass communicates nothing; else the model itself."""
     compiled = getattr(model, "_orig_mod", model)
     return compiled.module if isinstance(compiled, DistributedDataParallel) else model
-
-
-def bare_name(name: str) -> str:
-    """A weight's name without the prefixes of wrappers."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def is_sharded(tensor: Tensor) -> bool:

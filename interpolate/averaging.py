@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interpolate._sharding import bare_name, inner, like, local
+from interpolate._names import by_bare_name, unwrapped
+from interpolate._sharding import like, local
 from interpolate.batchnorm import reestimate_batchnorm
 from interpolate.weights import applied, check_match, trainable_weights
 
@@ -153,7 +154,7 @@ class WeightAverager(ABC):
         return torch.zeros_like(p, dtype=dtype, requires_grad=False).to(self.device or p.device)
 
     def _live_buffers(self) -> dict[str, Tensor]:
-        return {bare_name(name): buffer for name, buffer in inner(self.model).named_buffers()}
+        return by_bare_name(unwrapped(self.model).named_buffers())
 
 
 class SWAAverager(WeightAverager):

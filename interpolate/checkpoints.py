@@ -21,6 +21,7 @@ import fsspec
 import torch
 from torch import Tensor
 
+from interpolate._names import bare, renamed
 from interpolate._pickled import opened, unpickled
 from interpolate.atomic import flushed, replaced_path, replacing
 from interpolate.errors import CheckpointError
@@ -45,8 +46,6 @@ _DTYPES = {
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _INDEX = ".safetensors.index.json"
-_PREFIXES = "module.", "model.", "_orig_mod."
-_COUNTER = "n_averaged"
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Entry:
 
 
 class Checkpoint:
-    """An open checkpoint: `entries` by name, without the prefix that every name in the file has, if any.
+    """An open checkpoint: `entries` by bare name, without what DDP, `torch.compile` and the like put into names.
 
     Args:
         path: `PATH` or `PATH::KEY` as described in this module.
@@ -77,7 +76,7 @@ class Checkpoint:
         >>> import tempfile, os, torch
         >>> from safetensors.torch import save_file
         >>> path = os.path.join(tempfile.mkdtemp(), "a.safetensors")
-        >>> save_file({"model.w": torch.ones(2)}, path)
+        >>> save_file({"module.w": torch.ones(2)}, path)
         >>> with Checkpoint(path) as checkpoint:
         ...     checkpoint.tensor("w")
         tensor([1., 1.])
@@ -97,10 +96,11 @@ class Checkpoint:
         except BaseException:
             self.close()
             raise
-        self.prefix = _common_prefix(entries)
-        self.extras = {_COUNTER: self._tensors[_COUNTER]} if _COUNTER in self._tensors else {}
+        self.stored_names = bare({name: name for name in entries})
+        """The names in the file, by name."""
+        self.entries = {name: entries[stored] for name, stored in self.stored_names.items()}
+        self.extras = {n: t for n, t in self._tensors.items() if n not in {*self.stored_names.values()}}
         """What torch's `AveragedModel` keeps beside the weights."""
-        self.entries = {n.removeprefix(self.prefix): entry for n, entry in entries.items() if n not in self.extras}
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -116,6 +116,12 @@ class Checkpoint:
     def is_sharded(self) -> bool:
         return self.path.endswith(_INDEX)
 
+    def rename(self, reference: Iterable[str]) -> None:
+        """Take the names of another checkpoint where these differ from them by one prefix before all of them."""
+        names = renamed(self.entries, reference)
+        self.entries = {names[name]: entry for name, entry in self.entries.items()}
+        self.stored_names = {names[name]: stored for name, stored in self.stored_names.items()}
+
     def tensor(self, name: str) -> Tensor:
         """A whole tensor."""
         return torch.cat([*self.chunks(name)]).reshape(self.entries[name].shape)
@@ -124,7 +130,7 @@ class Checkpoint:
         """The tensor's elements in order, in one-dimensional pieces of at most `CHUNK`; at least one piece."""
         entry = self.entries[name]
         if self._tensors:
-            yield from self._tensors[self.prefix + name].flatten().split(CHUNK)
+            yield from self._tensors[self.stored_names[name]].flatten().split(CHUNK)
             return
         file = self._open[entry.shard]
         file.seek(entry.start)
@@ -137,9 +143,10 @@ class Checkpoint:
     def tied(self) -> list[tuple[str, ...]]:
         """Names that share their memory, in groups; safetensors files keep no such ties."""
         groups: dict[tuple[int, int], list[str]] = {}
-        for name, tensor in self._tensors.items():
-            if tensor.numel() and name not in self.extras:
-                groups.setdefault((tensor.data_ptr(), tensor.numel()), []).append(name.removeprefix(self.prefix))
+        for name, stored in self.stored_names.items() if self._tensors else ():
+            tensor = self._tensors[stored]
+            if tensor.numel():
+                groups.setdefault((tensor.data_ptr(), tensor.numel()), []).append(name)
         return [tuple(names) for names in groups.values() if len(names) > 1]
 
     def sha256(self) -> str:
@@ -229,7 +236,7 @@ def write(
             for shard, names in shards.items():
                 _write_safetensors(os.path.join(folder, shard), source, names, pieces, metadata)
             total = sum(entry.n_bytes for entry in source.entries.values())
-            weight_map = {source.prefix + name: entry.shard for name, entry in source.entries.items()}
+            weight_map = {source.stored_names[name]: entry.shard for name, entry in source.entries.items()}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             with flushed(os.path.join(folder, posixpath.basename(source.path))) as file:
                 file.write(json.dumps(index, indent=2).encode())
@@ -238,7 +245,7 @@ def write(
             _write_safetensors(temporary, source, list(source.entries), pieces, metadata)
     elif posixpath.splitext(path)[1] in (".pt", ".pth", ".pyth", ".ckpt", ".bin"):
         weights = {
-            source.prefix + name: torch.cat([*pieces(name)]).reshape(entry.shape)
+            source.stored_names[name]: torch.cat([*pieces(name)]).reshape(entry.shape)
             for name, entry in source.entries.items()
         } | source.extras
         with replacing(path) as file:
@@ -260,7 +267,7 @@ def _write_safetensors(
         for name in names:
             entry = source.entries[name]
             offsets = [start, start := start + entry.n_bytes]
-            described[source.prefix + name] = {
+            described[source.stored_names[name]] = {
                 "dtype": _CODES[entry.dtype],
                 "shape": list(entry.shape),
                 "data_offsets": offsets,
@@ -306,12 +313,3 @@ def _sha256(path: str) -> str:
         while n := file.readinto(piece):
             digest.update(piece[:n])
     return digest.hexdigest()
-
-
-def _common_prefix(names: Iterable[str]) -> str:
-    """The wrapper's prefix that every name has, apart from `AveragedModel`'s counter."""
-    names = [name for name in names if name != _COUNTER]
-    prefix = ""
-    while stripped := [p for p in _PREFIXES if names and all(name.startswith(prefix + p) for name in names)]:
-        prefix += stripped[0]
-    return prefix

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
+from interpolate._names import prefix_before
 from interpolate._unmixable import check_mixable
 from interpolate.checkpoints import Checkpoint, write
 from interpolate.patching import Ratio, Recipe, compiled, is_mixed
@@ -49,6 +50,8 @@ class Report:
     tensors: list[TensorReport] = field(default_factory=list)
     tied: list[tuple[str, ...]] = field(default_factory=list)
     """Names that share memory in the first input."""
+    prefixes: dict[str, str] = field(default_factory=dict)
+    """What stands before all names of either an input or the first one, and was ignored; by the input's path."""
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -64,6 +67,7 @@ class Report:
             + ", ".join(f"{t.name} ({t.distance:.4g})" for t in furthest),
             *(f"{t.name}: {t.not_finite} values are nan or infinite in the inputs" for t in not_finite),
             *(f"tied: {', '.join(names)}" for names in self.tied),
+            *(f"{path} matches apart from {prefix!r} before all names" for path, prefix in self.prefixes.items()),
         ]
         return "\n".join(lines)
 
@@ -161,6 +165,9 @@ class _Mixing:
         self.only_read = recipe["operation"] == "read"
         entries = checkpoints[0].entries
         for other in checkpoints[1:]:
+            if prefix := prefix_before(other.entries, entries) or prefix_before(entries, other.entries):
+                report.prefixes[other.path] = prefix
+            other.rename(entries)
             check_match(entries, other.entries)
         if not self.only_read:
             check_mixable(*(checkpoint.entries for checkpoint in checkpoints))

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from interpolate._sharding import bare_name, inner
+from interpolate._names import bare, by_bare_name, renamed, unwrapped
 from interpolate._unmixable import check_mixable
 from interpolate.checkpoints import Checkpoint
 from interpolate.weights import Weights, check_coefficient, check_match, lerp, listed, mixing_precision
@@ -26,6 +26,9 @@ Recipe: TypeAlias = "dict[str, Any]"
 """An operation by name and its arguments, as JSON can keep them: what a file's metadata says of how it was made."""
 
 _BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+EXTRA_STATE = "_extra_state"
+"""Where a module's own state stands in a state dict, which may be a tensor, but no weight (`get_extra_state`)."""
 
 
 def patch(anchor: Source, theta: Source, *, anchor_weight: Ratio) -> dict[str, Tensor]:
@@ -46,8 +49,9 @@ def patch(anchor: Source, theta: Source, *, anchor_weight: Ratio) -> dict[str, T
             name pattern, the first that fits: `{"visual.*": 0.3, "*": 0.5}`.
 
     Returns:
-        New tensors in theta's dtype and on its device, under theta's names, without prefixes of wrappers; nothing is
-        shared with the inputs. `load_weights` puts them into a module.
+        New tensors in theta's dtype and on its device, under theta's names without those of wrappers (DDP,
+        `torch.compile`); nothing is shared with the inputs. The anchor's names may differ by one prefix before all of
+        them. A module's extra state is left out: `load_weights`, which puts the rest into a module, leaves its own.
 
     Raises:
         WeightMismatchError: Names or shapes differ; the message lists them.
@@ -114,11 +118,14 @@ def mix(sources: Sequence[Source], recipe: Recipe) -> dict[str, Tensor]:
     """Carry out a recipe on whole tensors in memory. The first source gives names, dtypes and what is not mixed."""
     if not sources:
         raise ValueError("there is nothing to mix: no set of weights was given.")
-    kept = set().union(*map(_buffer_names, sources))
-    sets = [*map(_tensors, sources)]
-    check_mixable(*sets)
-    first, *others = sets
-    for other in others:
+    first, *others = map(_weights, sources)
+    check_mixable(first, *others)
+    _check_tensors(first, *others)
+    kept = _buffer_names(sources[0])
+    for i, other in enumerate(others):
+        names = renamed(other, first)
+        kept |= {names[name] for name in _buffer_names(sources[i + 1]) if name in names}
+        others[i] = other = {names[name]: tensor for name, tensor in other.items()}
         check_match(first, other)
     operation = compiled(recipe, list(first), len(sources))
     mixed = {}
@@ -132,7 +139,7 @@ def mix(sources: Sequence[Source], recipe: Recipe) -> dict[str, Tensor]:
 
 def is_mixed(name: str, dtype: torch.dtype) -> bool:
     """Whether a tensor of a checkpoint takes part in mixing, as far as name and dtype tell."""
-    return dtype.is_floating_point and name.rpartition(".")[2] not in _BATCH_NORM_BUFFERS
+    return dtype.is_floating_point and name.rpartition(".")[2] not in (*_BATCH_NORM_BUFFERS, EXTRA_STATE)
 
 
 def compiled(recipe: Recipe, names: Sequence[str], n_sources: int) -> Callable[[str, list[Tensor]], Tensor]:
@@ -223,16 +230,25 @@ def _ratios(anchor_weight: Ratio, names: Sequence[str]) -> dict[str, float]:
     return ratios
 
 
-def _tensors(source: Source) -> Weights:
+def _weights(source: Source) -> Weights:
+    """By bare names, without what modules keep by `get_extra_state`, which is no weight."""
     if isinstance(source, (str, os.PathLike)):
         with Checkpoint(source) as checkpoint:
-            return {name: checkpoint.tensor(name) for name in checkpoint.entries}
-    if isinstance(source, nn.Module):
-        return {bare_name(name): tensor for name, tensor in inner(source).state_dict().items()}
-    return source
+            weights = {name: checkpoint.tensor(name) for name in checkpoint.entries}
+    elif isinstance(source, nn.Module):
+        weights = by_bare_name(unwrapped(source).state_dict().items())
+    else:
+        weights = bare(source)
+    return {name: tensor for name, tensor in weights.items() if not name.endswith(EXTRA_STATE)}
+
+
+def _check_tensors(*sets: Weights) -> None:
+    for name, value in (item for weights in sets for item in weights.items()):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name!r} is {type(value).__name__}, not a tensor; give the weights alone, by name.")
 
 
 def _buffer_names(source: Source) -> set[str]:
-    return (
-        {name for name, _ in source.named_buffers(remove_duplicate=False)} if isinstance(source, nn.Module) else set()
-    )
+    if not isinstance(source, nn.Module):
+        return set()
+    return set(by_bare_name(unwrapped(source).named_buffers(remove_duplicate=False)))

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interpolate._sharding import bare_name, inner, like, local, reshard
+from interpolate._names import by_bare_name, unwrapped
+from interpolate._sharding import like, local, reshard
 from interpolate.errors import WeightMismatchError
 
 Weights = Mapping[str, Tensor]
@@ -24,8 +25,8 @@ def trainable_weights(module: nn.Module) -> dict[str, nn.Parameter]:
     Names are those of the bare module, whatever wraps it; weights sharded by FSDP2 are its shards.
     """
     reshard(module)
-    parameters = inner(module).named_parameters()
-    return {bare_name(name): p for name, p in parameters if p.requires_grad and p.is_floating_point()}
+    parameters = by_bare_name(unwrapped(module).named_parameters())
+    return {name: p for name, p in parameters.items() if p.requires_grad and p.is_floating_point()}
 
 
 def check_match(theta: Mapping[str, Any], anchor: Mapping[str, Any]) -> None:
@@ -48,8 +49,7 @@ def check_match(theta: Mapping[str, Any], anchor: Mapping[str, Any]) -> None:
     ]
     if problems:
         raise WeightMismatchError(
-            f"anchor does not match theta: {', '.join(problems)}. Both must come from the same architecture, "
-            "with the same prefix before every name."
+            f"anchor does not match theta: {', '.join(problems)}. Both must come from the same architecture."
         )
 
 
@@ -139,11 +139,10 @@ def load_weights(module: nn.Module, weights: Weights) -> None:
 def _targets(module: nn.Module, weights: Weights) -> dict[str, Tensor]:
     """The module's own tensors of the names in `weights`, which must be of the same shapes."""
     reshard(module)
-    model = inner(module)
-    own = {
-        bare_name(name): tensor
-        for named in (model.named_parameters, model.named_buffers)
-        for name, tensor in named(remove_duplicate=False)
+    model = unwrapped(module)
+    own: dict[str, Tensor] = {
+        **by_bare_name(model.named_parameters(remove_duplicate=False)),
+        **by_bare_name(model.named_buffers(remove_duplicate=False)),
     }
     unknown = [name for name in weights if name not in own]
     if unknown:

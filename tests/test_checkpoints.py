@@ -116,7 +116,7 @@ LEFT_ON_DISK = {
         "current_model_state",
         "",
     ),
-    "Open-VCLIP": (lambda: {"model_state": {f"model.{n}": t for n, t in weights().items()}}, "", "model."),
+    "Open-VCLIP": (lambda: {"model_state": {f"model.{n}": t for n, t in weights().items()}}, "", ""),
     "DDP of a compiled model": (
         lambda: {f"module._orig_mod.{n}": t for n, t in weights().items()},
         "",

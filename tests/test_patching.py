@@ -171,5 +171,5 @@ def test_nan_is_named_and_counted():
 
 
 def test_names_must_match():
-    with pytest.raises(WeightMismatchError, match=r"1 of 1 weights missing \(model\.w\)"):
-        patch({"w": torch.ones(1)}, {"model.w": torch.ones(1)}, anchor_weight=0.5)
+    with pytest.raises(WeightMismatchError, match=r"1 of 1 weights missing \(v\)"):
+        patch({"w": torch.ones(1)}, {"v": torch.ones(1)}, anchor_weight=0.5)
