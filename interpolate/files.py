@@ -7,15 +7,15 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
 
-import torch
 from torch import Tensor
 
 from interpolate._names import prefix_before
 from interpolate._unmixable import check_mixable
-from interpolate.checkpoints import Checkpoint, write
-from interpolate.patching import Ratio, Recipe, compiled, is_mixed
+from interpolate.checkpoints import Checkpoint, Entry, write
+from interpolate.errors import CheckpointError, WeightMismatchError
+from interpolate.patching import Ratio, Recipe, compiled, is_mixed, sides_of
+from interpolate.reports import Comparison, Report, TensorReport, same_bits
 from interpolate.weights import check_match
 
 Path = str | os.PathLike[str]
@@ -24,52 +24,6 @@ Progress = Callable[[int, int], object]
 
 RECIPE = "interpolate"
 """The key of the recipe in a file's metadata."""
-
-
-@dataclass
-class TensorReport:
-    """What was found in one tensor of the inputs."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    mixed: bool
-    distance: float = 0.0
-    """The largest Euclidean distance of another input's tensor from the first one's; nan where there is none."""
-    not_finite: int = 0
-    """How many values are nan or infinite, in all inputs together."""
-    differs: bool = False
-    """Whether another input's tensor has other values than the first one's, as far as it was read."""
-
-
-@dataclass
-class Report:
-    """What was mixed, how, and what was found; made before anything appears under the output's name."""
-
-    recipe: Recipe
-    tensors: list[TensorReport] = field(default_factory=list)
-    tied: list[tuple[str, ...]] = field(default_factory=list)
-    """Names that share memory in the first input."""
-    prefixes: dict[str, str] = field(default_factory=dict)
-    """What stands before all names of either an input or the first one, and was ignored; by the input's path."""
-
-    def as_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
-
-    def __str__(self) -> str:
-        mixed = [t for t in self.tensors if t.mixed]
-        not_finite = [t for t in self.tensors if t.not_finite]
-        furthest = sorted(mixed, key=lambda t: -t.distance)[:3]
-        lines = [
-            f"{self.recipe['operation']} {', '.join(self.recipe['inputs'])}",
-            f"{len(self.tensors)} tensors, {len(mixed)} of them weights; distance of the inputs "
-            f"{sum(t.distance**2 for t in mixed) ** 0.5:.4g}, most in "
-            + ", ".join(f"{t.name} ({t.distance:.4g})" for t in furthest),
-            *(f"{t.name}: {t.not_finite} values are nan or infinite in the inputs" for t in not_finite),
-            *(f"tied: {', '.join(names)}" for names in self.tied),
-            *(f"{path} matches apart from {prefix!r} before all names" for path, prefix in self.prefixes.items()),
-        ]
-        return "\n".join(lines)
 
 
 def patch_files(
@@ -90,7 +44,7 @@ def patch_files(
             `interpolate.checkpoints.write`. Its metadata holds the recipe and the hashes of the inputs, except in a
             bare state dict of `torch.save`, which has no room for them.
         anchor_weight: As for `patch`.
-        dry_run: Do everything except writing.
+        dry_run: Do everything except writing, and hashing the inputs for the record.
         progress: Called from time to time.
 
     Raises:
@@ -130,123 +84,208 @@ def average_files(
 
 
 def mix_files(paths: Sequence[Path], recipe: Recipe, output: Path | None, progress: Progress | None = None) -> Report:
-    """Carry out a recipe on files, as `interpolate.patching.mix` does in memory; None as output writes nothing."""
-    recipe = {**recipe, "inputs": [os.fspath(path) for path in paths]}
+    """Carry out a recipe on files, as `interpolate.patching.mix` does in memory.
+
+    Args:
+        output: What to write. None writes nothing, and nothing is hashed then: the recipe has no `sha256`.
+    """
+    inputs = [os.fspath(path) for path in paths]
     with ExitStack() as stack:
-        checkpoints = [stack.enter_context(Checkpoint(path)) for path in paths]
+        checkpoints = [stack.enter_context(Checkpoint(path)) for path in inputs]
+        mixing = _Mixing(checkpoints, recipe, inputs, progress)
+        report = mixing.report
+        if output is None:
+            report.recipe = {**recipe, "inputs": inputs}
+            for name in mixing.first.entries:
+                for _ in mixing.pieces(name):
+                    pass
+            return report
+        folder = _folder(output, is_output_folder=mixing.first.is_sharded)
         pool = stack.enter_context(ThreadPoolExecutor(len(paths)))
         hashes = [pool.submit(checkpoint.sha256) for checkpoint in checkpoints]
-        first = checkpoints[0]
-        report = Report(recipe, tied=first.tied())
-        mixing = _Mixing(checkpoints, recipe, report, progress or (lambda done, total: None))
+        report.recipe = {**recipe, "inputs": [_seen_from(folder, path) for path in inputs], "sha256": []}
 
         def metadata(final: bool) -> dict[str, str]:
             digests = [h.result() for h in hashes] if final else ["0" * 64] * len(hashes)
-            return {RECIPE: json.dumps({**recipe, "sha256": digests})}
+            return {RECIPE: json.dumps({**(report.recipe or {}), "sha256": digests})}
 
-        if output is None:
-            for name in first.entries:
-                for _ in mixing.pieces(name):
-                    pass
-        else:
-            write(output, first, mixing.pieces, metadata)
-        recipe["sha256"] = [h.result() for h in hashes]
+        write(output, mixing.first, mixing.pieces, metadata)
+        report.recipe["sha256"] = [h.result() for h in hashes]
     return report
 
 
 class _Mixing:
     """The mixed tensors of open checkpoints, piece by piece; the report grows on the way."""
 
-    def __init__(self, checkpoints: list[Checkpoint], recipe: Recipe, report: Report, progress: Progress) -> None:
-        self.checkpoints = checkpoints
-        self.report = report
-        self.progress = progress
+    def __init__(
+        self, checkpoints: list[Checkpoint], recipe: Recipe, inputs: list[str], progress: Progress | None = None
+    ) -> None:
+        if not checkpoints:
+            raise ValueError("there is nothing to mix: no checkpoint was given.")
+        self.first, *self.others = checkpoints
+        sides = sides_of(recipe, len(inputs), inputs)
+        self.report = Report(sides, tied=self.first.tied())
+        entries = self.first.entries
+        for side, other in zip(sides[1:], self.others, strict=True):
+            _take_names(other, side, self.first, self.report)
+            check_match(entries, other.entries, sides=(sides[0], side))
+        check_mixable(*(checkpoint.entries for checkpoint in checkpoints))
+        self.mixed = [name for name, entry in entries.items() if is_mixed(name, entry.dtype)]
+        self.operation = compiled(recipe, self.mixed, len(checkpoints))
         self.whole = recipe["operation"] == "slerp"  # angles are between whole tensors
-        self.only_read = recipe["operation"] == "read"
-        entries = checkpoints[0].entries
-        for other in checkpoints[1:]:
-            if prefix := prefix_before(other.entries, entries) or prefix_before(entries, other.entries):
-                report.prefixes[other.path] = prefix
-            other.rename(entries)
-            check_match(entries, other.entries)
-        if not self.only_read:
-            check_mixable(*(checkpoint.entries for checkpoint in checkpoints))
-        self.operation = compiled(recipe, list(entries), len(checkpoints))
+        self.progress = progress or (lambda done, total: None)
         self.total = sum(entry.n_bytes for entry in entries.values())
         self.done = 0
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        first, entry = self.checkpoints[0], self.checkpoints[0].entries[name]
-        found = TensorReport(name, entry.shape, str(entry.dtype).removeprefix("torch."), is_mixed(name, entry.dtype))
-        sources = self.checkpoints if found.mixed or self.only_read else [first]
-        squares = 0.0
-        for first_piece, *others in zip(*(self._read(source, name) for source in sources), strict=True):
-            distance = max((_distance(first_piece, other) for other in others), default=float("nan"))
-            found.differs |= distance > 0
-            if not distance < float("inf"):  # something is not finite, or there is nothing to compare with
-                found.not_finite += sum(map(_count_not_finite, (first_piece, *others)))
-                found.differs |= not all(torch.equal(first_piece, other) for other in others)
-            squares += distance**2
-            yield self.operation(name, [first_piece, *others]) if found.mixed else first_piece
-            self.done += first_piece.nbytes
+        entry = self.first.entries[name]
+        looking = Comparison(_report_on(name, entry, is_mixed(name, entry.dtype)))
+        others = self.others if looking.found.mixed else []
+        for first, *rest in zip(*(self.read(source, name) for source in (self.first, *others)), strict=True):
+            looking.add(first, rest)
+            yield self.operation(name, [first, *rest]) if looking.found.mixed else first
+            self.done += first.nbytes
             self.progress(self.done, self.total)
-        found.distance = squares**0.5
-        self.report.tensors.append(found)
+        self.report.tensors.append(looking.found)
 
-    def _read(self, checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
+    def read(self, checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
         return iter([checkpoint.tensor(name).flatten()]) if self.whole else checkpoint.chunks(name)
 
 
-def _distance(first: Tensor, other: Tensor) -> float:
-    """Not finite if one of the tensors is not."""
-    precision = torch.float32 if first.is_floating_point() else torch.float64
-    return torch.linalg.vector_norm(first.to(precision) - other.to(precision)).item()
-
-
-def _count_not_finite(tensor: Tensor) -> int:
-    return int((~tensor.double().isfinite()).sum()) if tensor.is_floating_point() else 0
-
-
 def inspect(path: Path) -> Report:
-    """What is in a checkpoint, read once: names, shapes, dtypes, values that are not finite, ties, recipe."""
-    report = mix_files([path], {"operation": "read"}, None)
-    report.recipe = recipe_of(path) or report.recipe
+    """What is in a checkpoint, read once: names, shapes, dtypes, values that are not finite, ties, recipe.
+
+    Example:
+        >>> import os, tempfile, torch
+        >>> os.chdir(tempfile.mkdtemp())
+        >>> torch.save({"w": torch.tensor([1.0, torch.nan])}, "a.pt")
+        >>> inspect("a.pt").tensors[0].not_finite
+        1
+    """
+    with Checkpoint(path) as checkpoint:
+        report = Report([os.fspath(path)], recipe_of(checkpoint), tied=checkpoint.tied())
+        for name, entry in checkpoint.entries.items():
+            looking = Comparison(_report_on(name, entry, is_mixed(name, entry.dtype)))
+            for piece in checkpoint.chunks(name):
+                looking.add(piece, [])
+            report.tensors.append(looking.found)
     return report
 
 
 def diff(first: Path, second: Path) -> Report:
-    """How far two checkpoints are from each other, tensor by tensor."""
-    return mix_files([first, second], {"operation": "read"}, None)
+    """How far two checkpoints are from each other, tensor by tensor; they are equal if `Report.differs` is not.
+
+    Names, shapes, dtypes and every bit count; neither how they are stored nor what is said of them in metadata.
+
+    Example:
+        >>> import os, tempfile, torch
+        >>> os.chdir(tempfile.mkdtemp())
+        >>> torch.save({"w": torch.tensor([1.0, 2.0])}, "a.pt")
+        >>> torch.save({"w": torch.tensor([1.0, 5.0])}, "b.pt")
+        >>> report = diff("a.pt", "b.pt")
+        >>> report.differs, report.tensors[0].distance
+        (True, 3.0)
+    """
+    paths = [os.fspath(first), os.fspath(second)]
+    with Checkpoint(first) as a, Checkpoint(second) as b:
+        report = Report(paths, tied=a.tied())
+        _take_names(b, paths[1], a, report)
+        report.unmatched = _unmatched(a, b, paths)
+        for name, entry in a.entries.items():
+            if name in b.entries and b.entries[name].shape == entry.shape:
+                looking = Comparison(_report_on(name, entry, is_mixed(name, entry.dtype)))
+                for piece, other in zip(a.chunks(name), b.chunks(name), strict=True):
+                    looking.add(piece, [other])
+                report.tensors.append(looking.found)
+    return report
 
 
-def recipe_of(path: Path) -> Recipe | None:
+def recipe_of(checkpoint: Checkpoint) -> Recipe | None:
     """The recipe in a checkpoint's metadata, None if there is none."""
-    with Checkpoint(path) as checkpoint:
-        text = checkpoint.metadata.get(RECIPE)
-    return None if text is None else json.loads(text)
+    text = checkpoint.metadata.get(RECIPE)
+    recipe = None if text is None else json.loads(text)
+    if recipe is not None and not (isinstance(recipe, dict) and {"operation", "inputs", "sha256"} <= recipe.keys()):
+        raise CheckpointError(f"{checkpoint.path} holds a recipe that is none: {text!r}.")
+    return recipe
 
 
 def verify(path: Path) -> list[str]:
     """Check a written checkpoint against its recipe: the inputs' hashes, and every tensor, mixed again and compared.
 
+    Inputs are looked for where they were, seen from the checkpoint: a folder with all of them may be moved.
+
     Returns:
         What is wrong, one line each; empty if all is well.
+
+    Raises:
+        CheckpointError, OSError: The checkpoint or one of the inputs can't be read.
     """
-    recipe = recipe_of(path)
-    if recipe is None:
-        return [f"{os.fspath(path)} holds no recipe; it was not written by this library, or to a format without one."]
-    problems = []
     with ExitStack() as stack:
         made = stack.enter_context(Checkpoint(path))
-        checkpoints = [stack.enter_context(Checkpoint(source)) for source in recipe["inputs"]]
-        for checkpoint, digest in zip(checkpoints, recipe["sha256"], strict=True):
-            if checkpoint.sha256() != digest:
-                problems.append(f"{checkpoint.path} is not the file that was mixed: its hash is not {digest}.")
-        mixing = _Mixing(checkpoints, recipe, Report(recipe), lambda done, total: None)
-        check_match(checkpoints[0].entries, made.entries)
-        for name in made.entries:
-            pieces = zip(mixing.pieces(name), mixing._read(made, name), strict=True)
-            same = [torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pieces]  # all of them, to the end
-            if not all(same):
-                problems.append(f"{name} is not what the recipe gives.")
+        recipe = recipe_of(made)
+        if recipe is None:
+            return [f"{made.path} holds no recipe; it was not written by this library, or to a format without one."]
+        folder = _folder(os.path.realpath(made.path))
+        inputs = [os.path.join(folder, source) for source in recipe["inputs"]]
+        checkpoints = [stack.enter_context(Checkpoint(source)) for source in inputs]
+        problems = [
+            f"{source} is not the file that was mixed: its hash is not {digest}."
+            for source, checkpoint, digest in zip(inputs, checkpoints, recipe["sha256"], strict=True)
+            if checkpoint.sha256() != digest
+        ]
+        try:
+            mixing = _Mixing(checkpoints, recipe, inputs)
+        except WeightMismatchError as error:
+            return [*problems, str(error)]
+        problems += _unmatched(mixing.first, made, [inputs[0], made.path])
+        for name, entry in mixing.first.entries.items():
+            if name in made.entries and made.entries[name].shape == entry.shape:
+                pieces = zip(mixing.pieces(name), mixing.read(made, name), strict=True)
+                if not all(same_bits(a, b) for a, b in pieces):
+                    problems.append(f"{name} is not what the recipe gives.")
     return problems
+
+
+def _take_names(other: Checkpoint, side: str, first: Checkpoint, report: Report) -> None:
+    """Let a checkpoint have the first one's names if they differ by one prefix, and say so in the report."""
+    if prefix := prefix_before(other.entries, first.entries) or prefix_before(first.entries, other.entries):
+        report.prefixes[side] = prefix
+        other.rename(first.entries)
+
+
+def _report_on(name: str, entry: Entry, mixed: bool) -> TensorReport:
+    return TensorReport(name, entry.shape, str(entry.dtype).removeprefix("torch."), mixed)
+
+
+def _unmatched(first: Checkpoint, second: Checkpoint, paths: Sequence[str]) -> list[str]:
+    """Names that only one of them has, and shapes that differ."""
+    a, b = first.entries, second.entries
+    return [
+        *(f"{name} is only in {paths[0]}." for name in a if name not in b),
+        *(f"{name} is only in {paths[1]}." for name in b if name not in a),
+        *(
+            f"{name} is {a[name].shape} in {paths[0]} and {b[name].shape} in {paths[1]}."
+            for name in a
+            if name in b and a[name].shape != b[name].shape
+        ),
+    ]
+
+
+def _is_url(path: str) -> bool:
+    return "://" in path
+
+
+def _folder(path: Path, is_output_folder: bool = False) -> str:
+    """The folder that a checkpoint is in, without links; nothing for a URL."""
+    path = os.fspath(path)
+    if _is_url(path):
+        return ""
+    return os.path.realpath(path if is_output_folder else os.path.dirname(path))
+
+
+def _seen_from(folder: str, path: str) -> str:
+    """A path relative to a folder, so that both can be moved together; absolute where the folder is a URL."""
+    if _is_url(path):
+        return path
+    path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    return os.path.relpath(path, folder) if folder else path

@@ -121,20 +121,33 @@ def mix(sources: Sequence[Source], recipe: Recipe) -> dict[str, Tensor]:
     first, *others = map(_weights, sources)
     check_mixable(first, *others)
     _check_tensors(first, *others)
+    sides = sides_of(recipe, len(sources))
     kept = _buffer_names(sources[0])
     for i, other in enumerate(others):
         names = renamed(other, first)
         kept |= {names[name] for name in _buffer_names(sources[i + 1]) if name in names}
         others[i] = other = {names[name]: tensor for name, tensor in other.items()}
-        check_match(first, other)
-    operation = compiled(recipe, list(first), len(sources))
+        check_match(first, other, sides=(sides[0], sides[i + 1]))
+    weights = {name: tensor for name, tensor in first.items() if is_mixed(name, tensor.dtype) and name not in kept}
+    operation = compiled(recipe, list(weights), len(sources))
     mixed = {}
     for name, tensor in first.items():
-        if name in kept or not is_mixed(name, tensor.dtype):
-            mixed[name] = tensor.detach().clone()
-        else:
+        if name in weights:
             mixed[name] = operation(name, [tensor, *(other[name] for other in others)])
+        else:
+            mixed[name] = tensor.detach().clone()
     return mixed
+
+
+def sides_of(recipe: Recipe, n: int, paths: Sequence[str] = ()) -> list[str]:
+    """What the user calls the n inputs of a recipe: what they are to it, and their paths if they have any."""
+    if recipe["operation"] in ("patch", "slerp"):
+        roles = ["theta", "anchor"]
+    elif recipe["operation"] == "task_arithmetic":
+        roles = ["anchor", *(f"theta {i}" for i in range(n - 1))]
+    else:
+        return list(paths) or [f"source {i}" for i in range(n)]
+    return [f"{role} {path}" for role, path in zip(roles, paths, strict=True)] if paths else roles
 
 
 def is_mixed(name: str, dtype: torch.dtype) -> bool:
@@ -149,8 +162,6 @@ def compiled(recipe: Recipe, names: Sequence[str], n_sources: int) -> Callable[[
         ValueError: The recipe is unknown, or an argument is out of its range.
     """
     kind = recipe["operation"]
-    if kind == "read":
-        return lambda name, tensors: tensors[0]
     if kind == "patch":
         ratios = _ratios(recipe["anchor_weight"], names)
         operation = lambda name, tensors: lerp(tensors[0], tensors[1], ratios[name])  # noqa: E731 # one of four alike
@@ -219,9 +230,14 @@ def _ratios(anchor_weight: Ratio, names: Sequence[str]) -> dict[str, float]:
     for pattern, weight in patterns.items():
         check_coefficient("anchor_weight" if pattern == "*" else f"anchor_weight of {pattern!r}", weight)
         fitting = [name for name in names if fnmatchcase(name, pattern)]
-        if not fitting:
+        if not fitting and pattern != "*":
             raise ValueError(
-                f"the pattern {pattern!r} in anchor_weight fits none of {len(names)} names, e.g. {names[0]}."
+                f"the pattern {pattern!r} in anchor_weight fits none of {len(names)} weights, e.g. {listed(names)}."
+            )
+        if ratios.keys() >= {*fitting} and pattern != "*":  # that there is no rest does no harm
+            raise ValueError(
+                f"the pattern {pattern!r} in anchor_weight decides nothing: what it fits ({listed(fitting)}) is "
+                "decided by patterns before it. The first that fits holds: put the narrower one first."
             )
         ratios = dict.fromkeys(fitting, weight) | ratios
     without = [name for name in names if name not in ratios]

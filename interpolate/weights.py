@@ -29,12 +29,20 @@ def trainable_weights(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in parameters.items() if p.requires_grad and p.is_floating_point()}
 
 
-def check_match(theta: Mapping[str, Any], anchor: Mapping[str, Any]) -> None:
-    """Raise `WeightMismatchError` unless both hold the same names, with things of the same `shape`."""
+def check_match(
+    theta: Mapping[str, Any], anchor: Mapping[str, Any], *, sides: tuple[str, str] = ("theta", "anchor")
+) -> None:
+    """Raise `WeightMismatchError` unless both hold the same names, with things of the same `shape`.
+
+    Args:
+        theta: Name → tensor, or anything else that has a shape.
+        anchor: The same; it is what the message says is missing or unexpected.
+        sides: What the user calls the two.
+    """
     missing = [name for name in theta if name not in anchor]
     unexpected = [name for name in anchor if name not in theta]
     reshaped = [
-        f"{name}: theta {tuple(tensor.shape)}, anchor {tuple(anchor[name].shape)}"
+        f"{name}: {sides[0]} {tuple(tensor.shape)}, {sides[1]} {tuple(anchor[name].shape)}"
         for name, tensor in theta.items()
         if name in anchor and tensor.shape != anchor[name].shape
     ]
@@ -49,7 +57,7 @@ def check_match(theta: Mapping[str, Any], anchor: Mapping[str, Any]) -> None:
     ]
     if problems:
         raise WeightMismatchError(
-            f"anchor does not match theta: {', '.join(problems)}. Both must come from the same architecture."
+            f"{sides[1]} does not match {sides[0]}: {', '.join(problems)}. Both must come from the same architecture."
         )
 
 
