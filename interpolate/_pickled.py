@@ -21,8 +21,8 @@ def opened(path: str) -> Any:
     return fs.open(target, "rb")
 
 
-def unpickled(path: str, key: str) -> tuple[str, dict[str, Tensor]]:
-    """The named tensors in a file of `torch.save` and the key that they are under, if any."""
+def unpickled(path: str, key: str) -> tuple[str, dict[str, Tensor], dict[str, str]]:
+    """The named tensors in a file of `torch.save`, the key that they are under, if any, and texts beside that key."""
     fs, target = fsspec.core.url_to_fs(path)
     if isinstance(fs, LocalFileSystem):
         content = torch.load(target, map_location="cpu", weights_only=True, mmap=True)
@@ -43,4 +43,4 @@ def unpickled(path: str, key: str) -> tuple[str, dict[str, Tensor]]:
     tensors = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors; its keys are {list(weights)[:5]}.")
-    return key, tensors
+    return key, tensors, {k: text for k, text in content.items() if key and isinstance(text, str)}

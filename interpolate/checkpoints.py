@@ -159,7 +159,7 @@ class Checkpoint:
             return self._index()
         if self.path.endswith(".safetensors"):
             return self._header(self.path)
-        self.key, self._tensors = unpickled(self.path, self.key)
+        self.key, self._tensors, self.metadata = unpickled(self.path, self.key)
         return {n: Entry(t.dtype, tuple(t.shape), posixpath.basename(self.path)) for n, t in self._tensors.items()}
 
     def _index(self) -> dict[str, Entry]:

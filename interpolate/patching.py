@@ -122,6 +122,8 @@ def mix(sources: Sequence[Source], recipe: Recipe) -> dict[str, Tensor]:
     check_mixable(first, *others)
     _check_tensors(first, *others)
     sides = sides_of(recipe, len(sources))
+    if not first:
+        raise ValueError(f"there is nothing to mix: {sides[0]} holds no tensor.")
     kept = _buffer_names(sources[0])
     for i, other in enumerate(others):
         names = renamed(other, first)

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from interpolate import WeightMismatchError, average_files, patch, patch_files, uniform_soup
-from interpolate.checkpoints import CHUNK
+from interpolate import CheckpointError, WeightMismatchError, average_files, patch, patch_files, uniform_soup
+from interpolate.checkpoints import CHUNK, Checkpoint
 from interpolate.files import diff, inspect, mix_files, verify
 from interpolate.patching import mix
 
@@ -153,4 +154,126 @@ def test_diff_tells_what_differs(pair: Path):
     masked = {"mask": torch.tensor([0.0, -torch.inf]), "w": torch.ones(1)}
     save_file(masked, "a.safetensors")
     save_file({**masked, "w": torch.zeros(1)}, "b.safetensors")
-    assert [t.name for t in diff("a.safetensors", "b.safetensors").tensors if t.differs] == ["w"]
+    report = diff("a.safetensors", "b.safetensors")
+    assert {t.name: (t.differs, t.distance) for t in report.tensors} == {"mask": (False, 0.0), "w": (True, 1.0)}
+
+
+def saved(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        torch.save({"w": tensor}, f"{name}.pt")
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (torch.tensor([1.0]).double(), torch.tensor([1.0]).double() + 1e-12),
+        (torch.tensor([2**53]), torch.tensor([2**53 + 1])),
+        (torch.tensor([1 + 1j]), torch.tensor([1 + 2j])),
+        (torch.tensor([1.0]), torch.tensor([1.0]).half()),
+        (torch.tensor([0.0]), torch.tensor([torch.nan])),
+        (torch.tensor([1], dtype=torch.uint8), torch.tensor([True])),
+    ],
+)
+def test_diff_is_exact(pair: Path, a: Tensor, b: Tensor):
+    saved(a=a, b=b)
+    assert diff("a.pt", "b.pt").differs
+    assert diff("b.pt", "a.pt").tensors[0].differs
+    assert not diff("a.pt", "a.pt").differs
+
+
+def test_the_same_nan_does_not_differ(pair: Path):
+    saved(a=torch.tensor([torch.nan, torch.inf]), b=torch.tensor([torch.nan, torch.inf]))
+    (found,) = diff("a.pt", "b.pt").tensors
+    assert (found.differs, found.distance, found.not_finite) == (False, None, 4)
+    assert json.loads(diff("a.pt", "b.pt").as_json(), parse_constant=pytest.fail)["tensors"][0]["distance"] is None
+
+
+def test_the_distance_of_complex_numbers_has_both_parts(pair: Path):
+    saved(a=torch.tensor([0j]), b=torch.tensor([3 + 4j]), c=torch.tensor([complex(0, torch.nan)]))
+    assert diff("a.pt", "b.pt").tensors[0].distance == 5
+    assert diff("a.pt", "c.pt").tensors[0].not_finite == 1
+
+
+def test_diff_lists_names_and_shapes_that_only_one_of_them_has(pair: Path):
+    torch.save({"w": torch.ones(2), "v": torch.ones(1)}, "a.pt")
+    torch.save({"w": torch.ones(3), "u": torch.ones(1)}, "b.pt")
+    report = diff("a.pt", "b.pt")
+    assert report.differs
+    assert report.unmatched == ["v is only in a.pt.", "u is only in b.pt.", "w is (2,) in a.pt and (3,) in b.pt."]
+
+
+def test_the_distance_is_that_of_the_furthest_input(pair: Path):
+    far = torch.zeros(CHUNK + 1)
+    near = [far.clone(), far.clone()]
+    near[0][0], near[1][-1] = 3.0, 4.0  # in different pieces
+    saved(a=far, b=near[0], c=near[1])
+    assert average_files(["a.pt", "b.pt", "c.pt"], "out.pt").tensors[0].distance == 4
+
+
+def test_nothing_is_hashed_before_names_match_nor_in_a_dry_run(pair: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Checkpoint, "sha256", lambda self: pytest.fail("hashed"))
+    save_file({"other": torch.ones(1)}, "other.safetensors")
+    with pytest.raises(WeightMismatchError, match=r"anchor other\.safetensors does not match theta theta\.safetensors"):
+        patch_files("other.safetensors", "theta.safetensors", "out.safetensors", anchor_weight=0.5)
+    patch_files("anchor.safetensors", "theta.safetensors", "out.safetensors", anchor_weight=0.5, dry_run=True)
+    diff("anchor.safetensors", "theta.safetensors")
+
+
+def test_inspect_opens_a_checkpoint_once(pair: Path, monkeypatch: pytest.MonkeyPatch):
+    opened = []
+    make = Checkpoint.__init__
+    monkeypatch.setattr(Checkpoint, "__init__", lambda self, path: opened.append(path) or make(self, path))
+    patch_files("anchor.safetensors", "theta.safetensors", "out.safetensors", anchor_weight=0.5)
+    assert opened == ["theta.safetensors", "anchor.safetensors"]
+    report = inspect("out.safetensors")
+    assert opened[2:] == ["out.safetensors"]
+    assert (report.inputs, report.recipe and report.recipe["operation"]) == (["out.safetensors"], "patch")
+
+
+def test_no_files_are_nothing_to_mix(pair: Path):
+    with pytest.raises(ValueError, match="nothing to mix: no checkpoint was given"):
+        average_files([], "out.safetensors")
+
+
+@pytest.mark.parametrize(("output", "key"), [("out.ckpt", "::ema"), ("out.safetensors", "")])
+def test_verify_works_for_a_key_and_from_any_folder(pair: Path, output: str, key: str, monkeypatch: pytest.MonkeyPatch):
+    (pair / "runs").mkdir()
+    for seed, name in enumerate(("anchor", "theta")):
+        torch.manual_seed(seed)
+        torch.save({"ema": {"w": torch.randn(3)}, "live": {"w": torch.randn(3)}}, f"runs/{name}.ckpt")
+    (pair / "mixed").mkdir()
+    patch_files("runs/anchor.ckpt::ema", pair / "runs/theta.ckpt::ema", f"mixed/{output}", anchor_weight=0.5)
+    monkeypatch.chdir("/")
+    assert verify(f"{pair}/mixed/{output}{key}") == []
+    (pair / "mixed").rename(pair / "elsewhere")
+    assert verify(f"{pair}/elsewhere/{output}{key}") == []
+    torch.save({"ema": {"w": torch.ones(3)}}, pair / "runs" / "anchor.ckpt")
+    assert len(verify(f"{pair}/elsewhere/{output}{key}")) == 2
+
+
+def test_verify_finds_other_names_shapes_and_dtypes(pair: Path):
+    patch_files("anchor.safetensors", "theta.safetensors", "out.safetensors", anchor_weight=0.5)
+    with safe_open("out.safetensors", "pt") as file:
+        metadata = file.metadata()
+    made = load_file("out.safetensors")
+    for tampered, problem in (
+        ({**made, "a.w": made["a.w"].reshape(2, 2)}, r"a\.w is \(4,\) in .* and \(2, 2\) in out\.safetensors"),
+        ({"a.w": made["a.w"], "n": made["n"]}, r"b\.w is only in .*theta\.safetensors"),
+        ({**made, "b.w": made["b.w"].view(torch.int32)}, r"b\.w is not what the recipe gives"),
+        ({**made, "c": made["n"]}, r"c is only in out\.safetensors"),
+    ):
+        save_file({name: tensor.clone() for name, tensor in tampered.items()}, "out.safetensors", metadata)
+        (found,) = verify("out.safetensors")
+        assert re.search(problem, found)
+
+
+def test_verify_says_what_is_no_recipe(pair: Path):
+    save_file(load_file("theta.safetensors"), "out.safetensors", {"interpolate": '{"operation": "patch"}'})
+    with pytest.raises(CheckpointError, match=r"out\.safetensors holds a recipe that is none"):
+        verify("out.safetensors")
+
+
+def test_an_input_with_other_names_than_it_had_is_a_problem(pair: Path):
+    patch_files("anchor.safetensors", "theta.safetensors", "out.safetensors", anchor_weight=0.5)
+    save_file({"other": torch.ones(1)}, "anchor.safetensors")
+    assert "does not match" in verify("out.safetensors")[1]

@@ -90,6 +90,55 @@ def test_each_pattern_has_its_ratio(model: nn.Module, ratio: float):
     assert all(torch.equal(patched[name], theta[name]) for name in theta if not name.startswith("0."))
 
 
+PARTS = {"visual.w": torch.ones(1), "text.w": torch.ones(1), "visual.norm.running_mean": torch.ones(1)}
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"*": 0.5, "visual.*": 0.3},
+        {"visual.*": 0.5, "*.w": 0.2, "text.*": 0.1},
+        {"visual.w": 0.5, "visual.*": 0.3, "*": 0.2},  # what else it fits is no weight
+    ],
+)
+def test_a_pattern_that_decides_nothing_is_refused(patterns: dict[str, float]):
+    with pytest.raises(ValueError, match=r"the pattern '(visual|text)\.\*' in anchor_weight decides nothing: .* \("):
+        patch(PARTS, PARTS, anchor_weight=patterns)
+
+
+def test_a_pattern_that_fits_no_weight_is_refused():
+    with pytest.raises(ValueError, match=r"'\*running_mean' in anchor_weight fits none of 2 weights"):
+        patch(PARTS, PARTS, anchor_weight={"*running_mean": 0.5, "*": 0.3})
+
+
+def test_there_may_be_no_rest():
+    theta = {name: torch.zeros(1) for name in PARTS}
+    patched = patch(PARTS, theta, anchor_weight={"visual.*": 0.25, "text.*": 0.5, "*": 1})
+    assert {name: tensor.item() for name, tensor in patched.items() if name in ("visual.w", "text.w")} == {
+        "visual.w": 0.25,
+        "text.w": 0.5,
+    }
+
+
+@pytest.mark.parametrize("nothing", [{}, {"n": torch.tensor(1)}])
+def test_nothing_can_be_mixed_only_where_something_is_given(nothing: dict):
+    if nothing:
+        assert patch(nothing, nothing, anchor_weight=0.5) == nothing
+    else:
+        with pytest.raises(ValueError, match="nothing to mix: theta holds no tensor"):
+            patch(nothing, nothing, anchor_weight=0.5)
+        with pytest.raises(ValueError, match="nothing to mix: no set of weights"):
+            uniform_soup([])
+
+
+def test_messages_call_the_sides_what_the_user_calls_them():
+    one, other = {"w": torch.ones(1)}, {"w": torch.ones(2)}
+    with pytest.raises(WeightMismatchError, match=r"source 1 does not match source 0: .* source 0 \(1,\)"):
+        uniform_soup([one, other])
+    with pytest.raises(WeightMismatchError, match="theta 1 does not match anchor"):
+        task_arithmetic(one, [one, other], [1, 1])
+
+
 def test_slerp_keeps_the_length_of_what_it_turns():
     a, b = torch.randn(2, 5).double()
     a, b = a / a.norm(), b / b.norm()
