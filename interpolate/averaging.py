@@ -2,162 +2,44 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+import math
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from interpolate._names import by_bare_name, unwrapped
-from interpolate._sharding import like, local
-from interpolate.batchnorm import reestimate_batchnorm
-from interpolate.weights import applied, check_match, trainable_weights
+from interpolate._averager import WeightAverager
+from interpolate._sharding import local
+
+_CHUNK = 2**17
+"""Numbers cast to float64 at a time on a CPU: the cast ones stay in its cache."""
+
+_HEAVIEST = 2.0**60
+"""Total weight at which a sum is scaled down, far from where float64 would overflow."""
 
 
-class WeightAverager(ABC):
-    """What the averagers share: a snapshot every `cycle_steps` steps after the first `start_step` steps.
-
-    Trainable weights are averaged, by name, in float32 (float64 weights in float64): a mean kept in half precision
-    drifts far more than rounding. Buffers are copied from the model at every snapshot, not averaged. Under FSDP2 every
-    rank averages its shards and nothing is communicated.
-
-    Args:
-        model: The model being trained, wrapped or sharded as it may be; it is neither copied nor kept busy, only read
-            at every snapshot.
-        start_step: Number of steps before averaging starts, the paper's T; the anchor itself is never averaged.
-        cycle_steps: Steps from one snapshot to the next, the paper's c, at least 1.
-        device: Where the average is kept, for instance "cpu"; by default with the weights.
-
-    Raises:
-        ValueError: An argument is out of its range.
-    """
-
-    _n_sets = 1
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        start_step: int = 0,
-        cycle_steps: int = 1,
-        device: torch.device | str | None = None,
-    ) -> None:
-        if start_step < 0:
-            raise ValueError(f"start_step must not be negative, got {start_step}.")
-        if cycle_steps < 1:
-            raise ValueError(f"cycle_steps must be at least 1, got {cycle_steps}.")
-        self.model = model
-        self.start_step = start_step
-        self.cycle_steps = cycle_steps
-        self.device = None if device is None else torch.device(device)
-        self.step = 0
-        """Updates so far."""
-        self.n_averaged = 0
-        """Snapshots taken so far."""
-        theta = trainable_weights(model)
-        self._sets = [{name: self._accumulator(p) for name, p in theta.items()} for _ in range(self._n_sets)]
-        self.buffers: dict[str, Tensor] = {name: buffer.clone() for name, buffer in self._live_buffers().items()}
-        """The model's buffers by name, as of the last snapshot or of `reestimate_batchnorm`."""
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Count one step of training; on the schedule, take the weights into the average. Call it after the optimizer.
-
-        Raises:
-            WeightMismatchError: The model's trainable weights are no longer those that have been averaged.
-        """
-        self.step += 1
-        if self.step <= self.start_step or (self.step - self.start_step) % self.cycle_steps:
-            return
-        theta = trainable_weights(self.model)
-        check_match(theta, self._sets[0])
-        self._sets = [{name: s[name].to(self.device or p.device) for name, p in theta.items()} for s in self._sets]
-        averages = [[local(tensor) for tensor in s.values()] for s in self._sets]
-        self._absorb(averages, [local(p).to(a) for p, a in zip(theta.values(), averages[0], strict=True)])
-        for name, buffer in self._live_buffers().items():
-            self.buffers[name] = buffer.clone()
-        self.n_averaged += 1
+class _WeightedMean(WeightAverager):
+    """`sum(w_n * theta_n) / sum(w_n)`, for any weights that are known when a snapshot is taken."""
 
     @abstractmethod
-    def _absorb(self, averages: list[list[Tensor]], snapshot: list[Tensor]) -> None:
-        """Take a snapshot into the local tensors of the averages, in place."""
+    def _weight(self) -> float:
+        """The weight of the next snapshot where those so far weigh `_total_weight` together."""
 
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """The average by name, in float32 or better. The tensors may be the averager's own: an update changes them.
-
-        Raises:
-            RuntimeError: Nothing has been averaged yet.
-        """
-        if self.n_averaged == 0:
-            raise RuntimeError(
-                f"no weights have been averaged: update() was called {self.step} times, and the first snapshot is due "
-                f"at call {self.start_step + self.cycle_steps}."
-            )
-        return self._average()
-
-    def _average(self) -> dict[str, Tensor]:
-        return self._sets[0]
-
-    def applied(self) -> AbstractContextManager[nn.Module]:
-        """The model with the average and its buffers for the length of a `with` block; its own come back afterwards.
-
-        Example:
-            >>> import torch
-            >>> model = torch.nn.Linear(1, 1)
-            >>> averager = SWAAverager(model)
-            >>> averager.update()
-            >>> with averager.applied() as averaged:
-            ...     output = averaged(torch.ones(1))
-        """
-        return applied(self.model, {**self.weights, **self.buffers})
-
-    def reestimate_batchnorm(self, batches: Iterable[Any]) -> None:
-        """Put BatchNorm statistics of the averaged model into `buffers`; see `interpolate.reestimate_batchnorm`."""
-        with self.applied() as model:
-            reestimate_batchnorm(model, batches)
-            self.buffers = {name: buffer.clone() for name, buffer in self._live_buffers().items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs; the tensors are the averager's own, as in `nn.Module.state_dict`.
-
-        `torch.distributed.checkpoint` saves it under one world size and loads it under another.
-        """
-        averages = {str(i): dict(s) for i, s in enumerate(self._sets)}
-        return {"step": self.step, "n_averaged": self.n_averaged, "averages": averages, "buffers": dict(self.buffers)}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken.
-
-        Raises:
-            WeightMismatchError: The state is of another model.
-            ValueError: The state is of an averager with another number of averages.
-        """
-        averages = state["averages"]
-        if len(averages) != len(self._sets):
-            raise ValueError(f"the state holds {len(averages)} sets of weights, this averager {len(self._sets)}.")
-        check_match(self.buffers, state["buffers"])
-        for i, own in enumerate(self._sets):
-            check_match(own, averages[str(i)])
-        for i, own in enumerate(self._sets):
-            for name, tensor in own.items():
-                local(tensor).copy_(local(like(averages[str(i)][name], tensor)))
-        for name, buffer in self.buffers.items():
-            buffer.copy_(state["buffers"][name])
-        self.step, self.n_averaged = int(state["step"]), int(state["n_averaged"])
-
-    def _accumulator(self, p: Tensor) -> Tensor:
-        dtype = torch.promote_types(torch.float32, p.dtype)
-        return torch.zeros_like(p, dtype=dtype, requires_grad=False).to(self.device or p.device)
-
-    def _live_buffers(self) -> dict[str, Tensor]:
-        return by_bare_name(unwrapped(self.model).named_buffers())
+    def _absorb(self, snapshot: list[Tensor]) -> None:
+        weight = self._weight()
+        sums = [local(total) for total in self._sets[0].values()]
+        if self._total_weight + weight > _HEAVIEST:
+            scale = 2.0 ** -math.frexp(self._total_weight + weight)[1]  # a power of two: exact
+            torch._foreach_mul_(sums, scale)
+            self._total_weight *= scale
+            weight *= scale
+        for total, theta in zip(sums, snapshot, strict=True):
+            _add(total, theta.to(total.device), weight)
+        self._total_weight += weight
 
 
-class SWAAverager(WeightAverager):
+class SWAAverager(_WeightedMean):
     """Stochastic weight averaging: `theta_swa = (theta_swa * n + theta) / (n + 1)`.
 
     Averaging and interpolating commute, so the mean is taken of theta and patched once at the end. Re-estimate
@@ -178,11 +60,11 @@ class SWAAverager(WeightAverager):
         {'weight': tensor([[1.5000]])}
     """
 
-    def _absorb(self, averages: list[list[Tensor]], snapshot: list[Tensor]) -> None:
-        torch._foreach_lerp_(averages[0], snapshot, 1 / (self.n_averaged + 1))
+    def _weight(self) -> float:
+        return 1.0
 
 
-class EMAAverager(WeightAverager):
+class EMAAverager(_WeightedMean):
     """Exponential moving average: `theta_ema = d * theta_ema + (1 - d) * theta`; the first snapshot starts it.
 
     With `warmup`, `d = min(decay, (1 + n) / (10 + n))` after n snapshots, so that early weights are soon forgotten.
@@ -211,14 +93,17 @@ class EMAAverager(WeightAverager):
         self.decay = decay
         self.warmup = warmup
 
-    def _absorb(self, averages: list[list[Tensor]], snapshot: list[Tensor]) -> None:
+    def _weight(self) -> float:
         n = self.n_averaged
         decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
-        torch._foreach_lerp_(averages[0], snapshot, 1 - decay if n else 1)
+        decay = max(decay, 2.0**-900)  # 0 too: what is left of earlier snapshots is below the least float32
+        return self._total_weight * (1 - decay) / decay if n else 1.0
 
 
 class LAWAAverager(WeightAverager):
     """Latest weight averaging: the mean of the latest `k` snapshots, all of which are kept: k copies of the weights.
+
+    They are kept in the weights' own dtype, and an update takes as long as one copy; `weights` sums them in float64.
 
     Source: Kaddour 2022 (arXiv 2209.14981).
 
@@ -242,12 +127,23 @@ class LAWAAverager(WeightAverager):
         self._n_sets = k
         super().__init__(model, **schedule)
 
-    def _absorb(self, averages: list[list[Tensor]], snapshot: list[Tensor]) -> None:
-        torch._foreach_copy_(averages[self.n_averaged % len(averages)], snapshot)
+    def _kept_dtype(self, p: Tensor) -> torch.dtype:
+        return p.dtype
 
-    def _average(self) -> dict[str, Tensor]:
-        taken = self._sets[: self.n_averaged]
-        mean = {name: tensor.clone() for name, tensor in taken[0].items()}
-        for n, snapshot in enumerate(taken[1:], start=1):
-            torch._foreach_lerp_([*map(local, mean.values())], [*map(local, snapshot.values())], 1 / (n + 1))
-        return mean
+    def _absorb(self, snapshot: list[Tensor]) -> None:
+        slot = self._sets[self.n_averaged % len(self._sets)]
+        for kept, theta in zip(slot.values(), snapshot, strict=True):
+            local(kept).copy_(theta)
+        self._total_weight = min(self.n_averaged + 1, len(self._sets))
+
+
+def _add(total: Tensor, tensor: Tensor, weight: float) -> None:
+    """`total += weight * tensor`, the product and the sum in float64."""
+    if total.device.type != "cpu":
+        total.add_(tensor, alpha=weight)  # one kernel casts and adds
+        return
+    # torch's loop over two dtypes takes 1.5 times as long on a CPU as casting what fits into its cache
+    total, tensor = torch.atleast_1d(total), torch.atleast_1d(tensor)
+    rows = max(1, _CHUNK // max(1, math.prod(total.shape[1:])))
+    for part, more in zip(total.split(rows), tensor.split(rows), strict=True):
+        part.add_(more.double(), alpha=weight)

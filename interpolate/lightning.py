@@ -13,7 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from interpolate._sharding import bare_name, is_sharded
+from interpolate._names import bare_name
+from interpolate._sharding import is_sharded
 from interpolate.averaging import SWAAverager, WeightAverager
 from interpolate.regularizer import InterpolatedWeightRegularizer
 from interpolate.weights import load_weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,37 @@ def mixing_precision(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to a module's state; others (`persistent=False`) are caches that forward passes remake.
+
+    Names are those of the bare module, whatever wraps it.
+    """
+    return {
+        name: slot.tensor
+        for name, slot in _buffers(module, remove_duplicate=True).items()
+        if slot.key not in slot.owner._non_persistent_buffers_set
+    }
+
+
+class _Slot(NamedTuple):
+    owner: nn.Module
+    key: str
+    tensor: Tensor
+
+    def register(self, tensor: Tensor) -> None:
+        self.owner._buffers[self.key] = tensor
+
+
+def _buffers(module: nn.Module, *, remove_duplicate: bool) -> dict[str, _Slot]:
+    """Buffers by name, each with where it is registered."""
+    return by_bare_name(
+        (f"{path}.{key}" if path else key, _Slot(owner, key, buffer))
+        for path, owner in unwrapped(module).named_modules(remove_duplicate=remove_duplicate)
+        for key, buffer in owner._buffers.items()
+        if buffer is not None
+    )
+
+
 @contextmanager
 def applied(module: nn.Module, weights: Weights) -> Iterator[nn.Module]:
     """Put other weights into a module for the length of a `with` block; its own come back whatever happens.
@@ -109,14 +140,29 @@ def applied(module: nn.Module, weights: Weights) -> Iterator[nn.Module]:
         ...     model(torch.tensor([3.0])).item()
         6.0
     """
+    check_match(_targets(module, weights), weights)
+    with put(module, weights):
+        yield module
+
+
+@contextmanager
+def put(module: nn.Module, weights: Weights) -> Iterator[nn.Module]:
+    """`applied`, with buffers of other shapes allowed: an average has those of its last snapshot, and some grow."""
     targets = _targets(module, weights)
-    backup = {name: target.detach().clone() for name, target in targets.items()}
+    slots = {name: slot for name, slot in _buffers(module, remove_duplicate=False).items() if name in weights}
+    check_match(
+        {name: target for name, target in targets.items() if name not in slots},
+        {name: tensor for name, tensor in weights.items() if name not in slots},
+    )
+    backup = {name: target.detach().clone() for name, target in targets.items() if _can_hold(target, weights[name])}
     try:
-        _overwrite(targets, weights)
+        _overwrite(targets, slots, weights)
         reshard(module)
         yield module
     finally:
-        _overwrite(targets, backup)
+        for name, slot in slots.items():
+            slot.register(targets[name])  # a forward pass may have registered another
+        _overwrite({name: targets[name] for name in backup}, {}, backup)
         reshard(module)
 
 
@@ -140,12 +186,14 @@ def load_weights(module: nn.Module, weights: Weights) -> None:
         >>> model.weight.item()
         2.0
     """
-    _overwrite(_targets(module, weights), weights)
+    targets = _targets(module, weights)
+    check_match(targets, weights)
+    _overwrite(targets, _buffers(module, remove_duplicate=False), weights)
     reshard(module)
 
 
 def _targets(module: nn.Module, weights: Weights) -> dict[str, Tensor]:
-    """The module's own tensors of the names in `weights`, which must be of the same shapes."""
+    """The module's own tensors of the names in `weights`."""
     reshard(module)
     model = unwrapped(module)
     own: dict[str, Tensor] = {
@@ -155,15 +203,24 @@ def _targets(module: nn.Module, weights: Weights) -> dict[str, Tensor]:
     unknown = [name for name in weights if name not in own]
     if unknown:
         raise WeightMismatchError(f"{len(unknown)} weights ({listed(unknown)}) are not in {type(model).__name__}.")
-    targets = {name: own[name] for name in weights}
-    check_match(targets, weights)
-    return targets
+    return {name: own[name] for name in weights}
+
+
+def _can_hold(target: Tensor, value: Tensor) -> bool:
+    """Whether a value can be copied into a tensor: of one shape, every element in memory of its own (not expanded)."""
+    expanded = any(size > 1 and not stride for size, stride in zip(target.shape, target.stride(), strict=True))
+    return target.shape == value.shape and not expanded
 
 
 @torch.no_grad()
-def _overwrite(targets: Weights, values: Weights) -> None:
+def _overwrite(targets: Weights, slots: Mapping[str, _Slot], values: Weights) -> None:
+    """Copy the values into the targets; a buffer that can't hold its value gives way to a new one."""
     for name, target in targets.items():
-        local(target).copy_(local(like(values[name], target)))
+        value = like(values[name], target)
+        if name in slots and not _can_hold(target, value):
+            slots[name].register(value.clone())
+        else:
+            local(target).copy_(local(value))
     torch.clear_autocast_cache()  # or an enclosing autocast would go on with casts of the old values
 
 

@@ -113,6 +113,57 @@ def test_buffers_are_copied_and_never_averaged(kind):
     assert identical(snapshot(model), own)
 
 
+class Growing(nn.Module):
+    """Keeps all it has seen in one buffer, a cache as long as its longest input in another, and has an expanded one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.register_buffer("seen", torch.zeros(0))
+        self.register_buffer("scale", torch.ones(1).expand(3))
+        self.register_buffer("cache", torch.zeros(0), persistent=False)
+        self.longest = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = torch.cat([self.seen, x.detach()])
+        if len(x) > self.longest:
+            self.longest = len(x)
+            self.register_buffer("cache", torch.arange(self.longest), persistent=False)
+        return self.weight * x + self.cache[: len(x)]
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_buffers_that_grow_or_are_expanded_come_and_go(kind):
+    model = Growing()
+    averager = kind(model)
+    model(torch.tensor([1.0]))
+    averager.update()
+    model(torch.tensor([2.0, 3.0]))
+    own, longest = dict(model.named_buffers()), model.longest
+    with averager.applied():
+        assert model.seen.tolist() == [1]
+        assert torch.equal(model.scale, torch.ones(3))
+        assert len(model.cache) == longest  # as the attribute beside it says
+        model(torch.tensor([4.0, 5.0, 6.0]))
+    assert model.seen.tolist() == [1, 2, 3]
+    assert all(dict(model.named_buffers())[name] is own[name] for name in ("seen", "scale"))
+    assert len(model.cache) == model.longest == 3
+
+    resumed = kind(Growing())
+    resumed.load_state_dict(averager.state_dict())
+    assert identical(resumed.buffers, averager.buffers)
+    assert resumed.buffers["seen"] is not averager.buffers["seen"]
+
+
+def test_a_buffer_that_is_gone_is_named():
+    model = Growing()
+    averager = SWAAverager(model)
+    averager.update()
+    del model.seen
+    with pytest.raises(WeightMismatchError, match=r"1 weights \(seen\) are not in Growing"), averager.applied():
+        pass
+
+
 def test_batch_norm_statistics_of_the_average_are_kept_with_it():
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2))
     averager, own, x = SWAAverager(model), snapshot(model), torch.randn(16, 2)
@@ -144,8 +195,10 @@ def test_arguments_outside_their_range_are_refused(kind, message: str):
 
 def test_the_state_of_another_kind_of_average_is_refused():
     model = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="the state is of LAWAAverager, this averager is SWAAverager"):
+        SWAAverager(model).load_state_dict(LAWAAverager(model, k=1).state_dict())
     with pytest.raises(ValueError, match="the state holds 2 sets of weights, this averager 1"):
-        SWAAverager(model).load_state_dict(LAWAAverager(model, k=2).state_dict())
+        LAWAAverager(model, k=1).load_state_dict(LAWAAverager(model, k=2).state_dict())
 
 
 def test_snapshots_are_taken_every_cycle_after_the_start():
@@ -158,14 +211,120 @@ def test_snapshots_are_taken_every_cycle_after_the_start():
     assert counts == [0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2]
 
 
-def test_half_precision_weights_are_averaged_in_float32():
-    model = nn.Linear(1, 1, bias=False).bfloat16()
+N_POINTS = 20
+
+
+def last_bits(a: torch.Tensor, b: torch.Tensor) -> int:
+    """How many float32 numbers apart two tensors of positive numbers are, at most."""
+    return int((a.float().view(torch.int32) - b.float().view(torch.int32)).abs().max())
+
+
+def swa_coefficients(n: int) -> torch.Tensor:
+    return torch.full((n,), 1 / n, dtype=torch.float64)
+
+
+def ema_coefficients(n: int, decay: float) -> torch.Tensor:
+    age = torch.arange(n - 1, -1, -1, dtype=torch.float64)
+    coefficients = (1 - decay) * decay**age
+    coefficients[0] /= 1 - decay
+    return coefficients
+
+
+def lawa_coefficients(n: int, k: int) -> torch.Tensor:
+    return (torch.arange(n) >= n - k).double() / k
+
+
+def ema(decay: float) -> tuple:
+    return partial(EMAAverager, decay=decay, warmup=False), partial(ema_coefficients, decay=decay)
+
+
+@pytest.mark.parametrize(
+    ("kind", "coefficients", "n"),
+    [
+        (SWAAverager, swa_coefficients, 2_000),
+        (*ema(0.9999), 2_000),
+        (*ema(0.5), 2_000),  # the sum is scaled down every 60 snapshots
+        (partial(LAWAAverager, k=150), partial(lawa_coefficients, k=150), 200),
+        pytest.param(SWAAverager, swa_coefficients, 100_000, marks=pytest.mark.slow),
+        pytest.param(*ema(0.9999), 100_000, marks=pytest.mark.slow),
+    ],
+)
+def test_a_long_average_is_within_a_last_bit_of_the_exact_one(kind, coefficients, n: int):
+    model = nn.ParameterDict({"wide": torch.ones(16), "narrow": torch.ones(16, dtype=torch.bfloat16)})
+    averager = kind(model, device="cpu")
+    points: dict[str, list] = {name: [] for name in model}
+    for _ in range(N_POINTS):
+        for name, p in model.items():
+            nn.init.uniform_(p, 1, 1.1)
+            points[name].append(p.detach().double())
+        for _ in range(n // N_POINTS):
+            averager.update()
+    share = coefficients(n).view(N_POINTS, -1).sum(1)
+    for name, average in averager.weights.items():
+        assert average.dtype is torch.float32
+        assert last_bits(average, share @ torch.stack(points[name])) <= 1
+
+
+def test_a_long_average_that_cancels_is_as_exact_as_its_terms():
+    model, n = nn.Linear(256, 1, bias=False), 2_001
     averager = SWAAverager(model)
-    for i in range(1000):
-        nn.init.constant_(model.weight, 1 + i % 2)
+    nn.init.uniform_(model.weight, 1, 1.1)
+    for i in range(n):
+        if i:
+            model.weight.data.neg_()
         averager.update()
-    assert averager.weights["weight"].dtype is torch.float32
-    torch.testing.assert_close(averager.weights["weight"], torch.tensor([[1.5]]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(averager.weights["weight"], model.weight / n, rtol=1e-6, atol=0)  # one rounding
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_a_model_that_becomes_finer_is_averaged_as_fine_from_then_on(kind):
+    model = nn.Linear(1, 1, bias=False).half()
+    averager = kind(model)
+    for dtype in (torch.float16, torch.float64):
+        model.to(dtype)
+        nn.init.constant_(model.weight, 1 + 2**-40)
+        averager.update()
+    share = 9 / 11 if isinstance(averager, EMAAverager) else 1 / 2  # warm-up: a decay of 2 / 11
+    expected = torch.tensor([[1 + share * 2**-40]], dtype=torch.float64)
+    torch.testing.assert_close(averager.weights["weight"], expected, rtol=1e-15, atol=0)
+    resumed = kind(nn.Linear(1, 1, bias=False).half())
+    resumed.load_state_dict(averager.state_dict())
+    resumed.model.double()
+    nn.init.constant_(resumed.model.weight, 1 + 2**-40)
+    averager.update()
+    resumed.update()
+    assert identical(resumed.weights, averager.weights)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (3, 0), (5, 7), (200_003,), (3, 70_000)])
+def test_weights_of_every_size_and_stride_are_summed(shape: tuple[int, ...]):
+    strided = torch.randn(shape[::-1]).permute(tuple(range(len(shape)))[::-1])
+    model = nn.ParameterDict({"plain": torch.randn(shape), "strided": strided})
+    averager = SWAAverager(model)
+    points = []
+    for _ in range(2):
+        points.append({name: p.detach().clone() for name, p in model.items()})
+        averager.update()
+        for p in model.values():
+            nn.init.normal_(p)
+    for name, average in averager.weights.items():
+        assert torch.equal(average, ((points[0][name].double() + points[1][name].double()) / 2).float())
+
+
+def test_the_average_that_was_read_does_not_change_with_the_next_update():
+    model = nn.Linear(1, 1)
+    averager = SWAAverager(model)
+    averager.update()
+    read = averager.weights
+    before = {name: tensor.clone() for name, tensor in read.items()}
+    nn.init.constant_(model.weight, 7)
+    averager.update()
+    assert identical(read, before)
+
+
+def test_a_device_without_float64_is_told_about_device_cpu():
+    with pytest.raises(ValueError, match=r"float64, which is not to be had on 'mps': .*device='cpu'"):
+        SWAAverager(nn.Linear(1, 1), device="mps")
 
 
 def test_the_model_is_never_modified():
@@ -212,3 +371,10 @@ def test_the_state_of_another_model_is_refused():
     averager.update()
     with pytest.raises(WeightMismatchError, match=r"weight: theta \(2, 2\), anchor \(1, 1\)"):
         SWAAverager(nn.Linear(2, 2)).load_state_dict(averager.state_dict())
+
+
+def test_factors_of_an_adapter_are_refused_with_their_layers():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"adapter \(such as LoRA\) in base_model\.model\.0: .* Merge first"):
+        SWAAverager(model)

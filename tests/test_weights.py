@@ -95,6 +95,44 @@ def test_applied_weights_are_seen_inside_an_open_autocast():
         assert torch.equal(model(x), own)
 
 
+class Buffered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("expanded", torch.ones(1).expand(3))
+        self.register_buffer("plain", torch.ones(3))
+
+
+def test_expanded_buffers_take_values_of_their_own():
+    model, values = Buffered(), {"expanded": torch.tensor([1.0, 2.0, 3.0]), "plain": torch.zeros(3)}
+    own = dict(model.named_buffers())
+    with applied(model, values):
+        assert identical(snapshot(model), values)
+        assert model.plain is own["plain"]  # in place where it can be
+    assert all(buffer is own[name] for name, buffer in model.named_buffers())
+    assert torch.equal(model.expanded, torch.ones(3))
+    load_weights(model, values)
+    assert identical(snapshot(model), values)
+
+
+def test_a_buffer_that_forward_registers_anew_comes_back_too():
+    model = Buffered()
+    own = model.plain
+    with applied(model, {"plain": torch.zeros(3)}):
+        model.plain = model.plain + 1
+    assert model.plain is own
+    assert torch.equal(own, torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["expanded", "plain"])
+def test_a_buffer_of_another_shape_is_refused(name: str):
+    model = Buffered()
+    own = snapshot(model)
+    for put in (load_weights, lambda model, weights: applied(model, weights).__enter__()):
+        with pytest.raises(WeightMismatchError, match=rf"{name}: theta \(3,\), anchor \(1,\)"):
+            put(model, {name: torch.zeros(1)})
+    assert identical(snapshot(model), own)
+
+
 def test_loaded_weights_stay():
     model, other = nn.Linear(2, 2), nn.Linear(2, 2)
     load_weights(model, {"weight": other.weight})
