@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import faulthandler
+import fcntl
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
+import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -19,16 +23,19 @@ from applications.openvclip.data.decode import VideoReadError
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
-_TIMED_OUT = 1
-"""Exit code of a process whose task took too long; `faulthandler` leaves no choice."""
+
+class WorkerError(RuntimeError):
+    """A reading process could not start, or met a mistake of the program; the message holds its traceback."""
 
 
 class Workers(Generic[Key, Value]):
     """A pool of processes that apply a function to keys; use it in a `with` block.
 
     PyTorch's `DataLoader` ends with the first worker that dies, and waits forever for one that hangs. Here each task
-    runs under a time limit that the worker's own watchdog enforces, whatever C code is doing; a worker that is gone is
-    replaced, and its task comes back as a `VideoReadError`.
+    runs under a time limit, whatever C code is doing; a worker that is gone is replaced, and its task comes back as a
+    `VideoReadError`. So does a `VideoReadError` of the function; everything else that it raises is a mistake of the
+    program and ends the run. The end of the block ends all processes at once, also those that are busy, and so does
+    the end of this process, however it comes.
 
     Args:
         function: Picklable; called in the processes.
@@ -44,24 +51,26 @@ class Workers(Generic[Key, Value]):
             raise ValueError(f"workers must be at least 1, got {n}: the time limit on a video needs a process to end.")
         if not time_limit_s > 0:
             raise ValueError(f"the time limit must be positive, got {time_limit_s} s.")
-        self.function = function
-        self.n = n
-        self.time_limit_s = time_limit_s
         # workers are forked from a server that has no threads and no CUDA, so that neither can be inherited broken
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["__main__", function.__class__.__module__, __name__])
-        self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "__main__", function.__class__.__module__, __name__])
+        pickled = pickle.dumps(function)  # once: it may hold a manifest of millions of rows
+        self._workers = [_Worker(context, pickled, time_limit_s) for _ in range(n)]
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(n)
 
     def __enter__(self) -> Workers[Key, Value]:
-        for _ in range(self.n):
-            self._idle.put(self._start())
+        for worker in self._workers:
+            worker.start()
+            self._idle.put(worker)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._threads.shutdown(wait=error is None, cancel_futures=True)
-        while not self._idle.empty():
-            self._idle.get().stop()
+        for worker in self._workers:
+            worker.end()
+        self._threads.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.bury()
 
     def map(self, keys: Iterable[Key], ahead: int | None = None) -> Iterator[Value | VideoReadError]:
         """The function's values in the order of the keys, worked out up to `ahead` keys before they are asked for.
@@ -70,85 +79,145 @@ class Workers(Generic[Key, Value]):
             For each key its value, or the error that says why its video could not be read.
 
         Raises:
-            Exception: Any other error of the function.
+            WorkerError: A process can't start, or the function raised something else.
         """
-        ahead = 4 * self.n if ahead is None else ahead
+        ahead = 4 * len(self._workers) if ahead is None else ahead
         pending: deque[Future] = deque()
-        for key in keys:
-            pending.append(self._threads.submit(self.ask, key))
-            if len(pending) > ahead:
+        try:
+            for key in keys:
+                pending.append(self._threads.submit(self.ask, key))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
 
     def ask(self, key: Key) -> Value | VideoReadError:
         """The function's value for one key, by the next process that is free."""
-        process = self._idle.get()
+        worker = self._idle.get()
         try:
-            process.connection.send(key)
-            succeeded, value = process.connection.recv()
-        except (EOFError, ConnectionError):
-            error = self._post_mortem(process, key)
-            process = self._start()
-            return error
+            return worker.ask(key)
         finally:
-            self._idle.put(process)
-        if not succeeded and not isinstance(value, VideoReadError):
-            raise value
-        return value
-
-    def _start(self) -> _Process:
-        ours, theirs = self._context.Pipe()
-        worker = self._context.Process(
-            target=_serve, args=(theirs, self.function, self.time_limit_s), daemon=True, name="video reader"
-        )
-        worker.start()
-        theirs.close()
-        return _Process(worker, ours)
-
-    def _post_mortem(self, process: _Process, key: Key) -> VideoReadError:
-        process.stop()
-        code = process.worker.exitcode
-        if code == _TIMED_OUT:
-            return VideoReadError(f"{key}: not read within {self.time_limit_s:g} s; the reader was stopped.")
-        name = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-        return VideoReadError(f"{key}: reading it ended the process that did it ({name}).")
+            self._idle.put(worker)
 
 
-class _Process:
-    def __init__(self, worker: Any, connection: Connection) -> None:
-        self.worker = worker
-        self.connection = connection
+class _Worker:
+    """A process, and the next one in its place when it is gone."""
 
-    def stop(self) -> None:
-        self.connection.close()
-        self.worker.join(timeout=5)
-        if self.worker.is_alive():
-            self.worker.kill()
-            self.worker.join()
+    def __init__(self, context: Any, function: bytes, time_limit_s: float) -> None:
+        self._context = context
+        self._function = function
+        self._time_limit_s = time_limit_s
+        self._running: tuple[Any, Connection] | None = None
+        self._is_ready = False
+        self._has_ended = False
+        self._lock = threading.Lock()  # none is started after the end
+
+    def start(self) -> None:
+        with self._lock:
+            if self._has_ended:
+                raise WorkerError("the pool has ended.")
+            try:
+                connection, theirs = self._context.Pipe()
+                process = self._context.Process(target=_serve, args=(theirs,), daemon=True, name="video reader")
+                process.start()
+                theirs.close()
+                self._running, self._is_ready = (process, connection), False
+            except (EOFError, ConnectionError) as error:  # the server that forks them is gone
+                raise WorkerError(_cannot_start(repr(error))) from error
+        with suppress(ConnectionError):  # `ask` finds it gone, and why
+            connection.send_bytes(self._function)
+
+    def ask(self, key: Any) -> Any:
+        if self._running is None:
+            self.start()
+        assert self._running is not None
+        process, connection = self._running
+        try:
+            if not self._is_ready:
+                _content(connection.recv())
+                self._is_ready = True
+            connection.send(key)
+            if connection.poll(self._time_limit_s):
+                return _content(connection.recv())
+        except (EOFError, ConnectionError):
+            fate = self.bury()
+            if not self._is_ready:
+                raise WorkerError(_cannot_start(fate)) from None
+            return VideoReadError(f"{key}: reading it ended the process that did it ({fate}).")
+        process.kill()
+        self.bury()
+        return VideoReadError(f"{key}: not read within {self._time_limit_s:g} s; the reader was stopped.")
+
+    def end(self) -> None:
+        """End the process, also in the midst of a task, and let none take its place."""
+        with self._lock:
+            self._has_ended = True
+            if running := self._running:
+                running[0].kill()
+
+    def bury(self) -> str:
+        """End the process if it has not ended, and say how it did."""
+        if self._running is None:
+            return "not started"
+        process, connection = self._running
+        process.join(timeout=0.2)  # the pipe of a process that exits closes a little earlier than it is gone
+        process.kill()
+        process.join()
+        connection.close()
+        self._running = None
+        code = process.exitcode
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
-def _serve(connection: Connection, function: Callable[[Any], Any], time_limit_s: float) -> None:
-    """Answer keys with (True, value) or (False, error) until the other end closes."""
+def _cannot_start(fate: str) -> str:
+    return f"a process that reads videos could not start ({fate}); what it printed says why."
+
+
+def _content(answer: tuple[str, Any]) -> Any:
+    kind, content = answer
+    if kind == "mistake":
+        raise WorkerError(f"in a process that reads videos:\n{content}")
+    return VideoReadError(content) if kind == "unreadable" else content
+
+
+def _serve(connection: Connection) -> None:
+    """Take the function, then keys, and answer each until the other end closes. What was raised travels as text:
+    not every exception can be pickled, and fewer can be unpickled."""
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted run ends its workers
+    _end_with_the_parent()
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted run closes the connection
-    with open(os.devnull, "w") as nowhere:
+    function: Callable[[Any], Any] | None = None
+    with suppress(EOFError, ConnectionError):  # whoever asked is gone
         while True:
+            message = connection.recv_bytes()
             try:
-                key = connection.recv()
-                # a thread of C code, which neither a hanging library nor the interpreter's lock can hold up
-                faulthandler.dump_traceback_later(time_limit_s, exit=True, file=nowhere)
-                answer = _answer(function, key)
-                faulthandler.cancel_dump_traceback_later()
-                connection.send(answer)
-            except (EOFError, ConnectionError):  # whoever asked is gone
-                return
+                if function is None:
+                    function, value = pickle.loads(message), None  # noqa: S301 from the process that started this one
+                else:
+                    value = function(pickle.loads(message))  # noqa: S301 likewise
+                connection.send(("value", value))
+            except VideoReadError as error:
+                connection.send(("unreadable", str(error)))
+            except BaseException:  # noqa: BLE001 it is raised again by the process that asked
+                connection.send(("mistake", traceback.format_exc()))
 
 
-def _answer(function: Callable[[Any], Any], key: Any) -> tuple[bool, Any]:
-    try:
-        return True, function(key)
-    except Exception as error:  # noqa: BLE001 it is raised again, or counted, by the process that asked
-        return False, error
+def _end_with_the_parent() -> None:
+    """Have the kernel end this process when the one that started it is gone, even if C code holds it at that time.
+
+    The sentinel is a pipe of which only the parent holds the other end. The death signal of prctl would not do: the
+    parent there is the server that forks, which lives as long as a worker.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    sentinel: int = parent.sentinel  # pyright: ignore[reportAttributeAccessIssue] typeshed lacks it
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(sentinel, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(sentinel, fcntl.F_SETFL, fcntl.fcntl(sentinel, fcntl.F_GETFL) | os.O_ASYNC)
+    if not parent.is_alive():  # it ended before the signal was set
+        os._exit(1)
