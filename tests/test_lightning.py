@@ -18,7 +18,10 @@ from interpolate.checkpoints import Checkpoint
 from interpolate.lightning import AveragingCallback, RegularizerCallback
 from interpolate.weights import trainable_weights
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on workers, loggers and the like
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),
+]  # Lightning's advice on workers, loggers and the like
 
 F = nn.functional
 
@@ -146,7 +149,6 @@ for callbacks in ([], [AveragingCallback()]):
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["best", "last"])
 def test_a_checkpoint_is_the_average_in_another_process(name: str, tmp_path: Path):
     recorder, checkpoints = Recorder(), best(tmp_path)
