@@ -7,14 +7,14 @@ the model as it was, whatever happens: weights, buffers, and the gradients of wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from interpolate._isolation import isolated
 from interpolate._sharding import inner, is_sharded, local, reshard
 from interpolate.weights import Weights, listed
 
@@ -25,10 +25,10 @@ Parameters = Mapping[str, nn.Parameter]
 def functional(
     model: nn.Module, theta: Parameters, anchor: Weights, alpha: float, function: Callable[[nn.Module], T]
 ) -> T:
-    """Through `torch.func.functional_call`: the model's own weights are never touched.
+    """With leaves of its own that the model's modules see in place of their weights, which are never touched.
 
-    The interpolated weights are leaves of their own that share `.grad` with the parameters, so DDP's hooks don't see
-    this pass, and backward adds to the gradients that the plain pass goes on with: no second set is allocated.
+    The leaves share `.grad` with the parameters, so DDP's hooks don't see this pass, and backward adds to the
+    gradients that the plain pass goes on with: no second set is allocated.
     """
     with torch.no_grad():
         mixed = torch._foreach_lerp(list(theta.values()), list(anchor.values()), alpha)
@@ -36,7 +36,8 @@ def functional(
     for name, leaf in leaves.items():
         leaf.requires_grad_().grad, theta[name].grad = theta[name].grad, None
     try:
-        result = call_at(model, theta, leaves, function)
+        with seen_at(model, theta, leaves):
+            result = function(model)
         leaked = [name for name, p in theta.items() if p.grad is not None]
     finally:
         for name, leaf in leaves.items():
@@ -57,7 +58,7 @@ def in_place(
     weights = [local(p) for p in theta.values()]
     others = [p for p in model.parameters() if p.requires_grad and not p.is_floating_point()]
     gradients = [p.grad for p in others]
-    with _restored(weights + [local(buffer) for buffer in model.buffers()]):
+    with isolated(inner(model), {id(p): p for p in theta.values()}), _restored(weights):
         try:
             for p in others:
                 p.grad = None
@@ -74,23 +75,11 @@ def in_place(
 STRATEGIES = {"functional": functional, "in_place": in_place}
 
 
-def call_at(model: nn.Module, theta: Parameters, weights: Weights, function: Callable[[nn.Module], T]) -> T:
-    """A function of the model by `functional_call`, with `weights` in place of `theta` and buffers of its own."""
-    replaced = {id(theta[name]): tensor for name, tensor in weights.items()}
-    parameters = {f"model.{n}": replaced.get(id(p), p.detach()) for n, p in model.named_parameters()}
-    buffers = {f"model.{n}": buffer.clone() for n, buffer in model.named_buffers()}
-    return functional_call(_Bound(model), (parameters, buffers), (function,), strict=True)
-
-
-class _Bound(nn.Module):
-    """Lets `functional_call` put weights under any function of a model, and not under its forward pass alone."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Callable[[nn.Module], T]) -> T:
-        return function(self.model)
+def seen_at(model: nn.Module, theta: Parameters, weights: Weights) -> AbstractContextManager[None]:
+    """A `with` block in which the model's modules see `weights` in place of `theta`, and copies of their state."""
+    stand_ins = {id(p): weights[name] for name, p in theta.items()}
+    untouched = {id(p): p.detach().clone() for p in model.parameters() if p.requires_grad and id(p) not in stand_ins}
+    return isolated(model, stand_ins | untouched)
 
 
 @contextmanager
@@ -156,19 +145,14 @@ def _check_wrappers(model: nn.Module) -> None:
 
 
 def _obstacle_to_functional(model: nn.Module, theta: Parameters) -> str | None:
-    """Why `functional_call` would be silently wrong for this model, or None."""
+    """Why modules of this model would not see other weights in place of their own, or None."""
     sharded = [name for name, p in theta.items() if is_sharded(p)]
     if sharded:
-        return f"torch.func.functional_call ignores the weights given for sharded parameters ({listed(sharded)})"
+        return f"FSDP2 and DTensor modules go on with their own sharded parameters ({listed(sharded)})"
     hooked = [name for name, p in theta.items() if getattr(p, "_backward_hooks", None)]
     if hooked:
         return f"gradient hooks of parameters ({listed(hooked)}) would not see gradients at the interpolated weights"
-    names: dict[nn.Module, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if module in names and any(True for _ in (*module.parameters(), *module.buffers())):
-            return (
-                f"torch.func.functional_call corrupts a model in which one {type(module).__name__} is reachable under "
-                f"two names ({names[module]!r} and {name!r})"
-            )
-        names[module] = name
+    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted:
+        return f"TorchScript ({listed(name or 'the model' for name in scripted)}) keeps its weights out of reach"
     return None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from interpolate._sharding import inner, is_sharded, like, local
-from interpolate._strategies import STRATEGIES, call_at, choose_strategy
+from interpolate._strategies import STRATEGIES, choose_strategy, seen_at
 from interpolate.weights import Weights, check_match, trainable_weights
 
 T = TypeVar("T")
@@ -178,10 +178,11 @@ class InterpolatedWeightRegularizer:
         step, theta = self.step, self._trainable()
         tilde = {name: torch.lerp(p, self.anchor[name], self.alpha) for name, p in theta.items()}
         if not torch.is_grad_enabled():
-            return call_at(self.model, theta, tilde, lambda model: model(*args, **kwargs))
+            with seen_at(self.model, theta, tilde):
+                return self.model(*args, **kwargs)
         torch.autograd.graph.register_multi_grad_hook(tuple(tilde.values()), lambda _: self._end(step), mode="any")
-        with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTED):
-            output = call_at(self.model, theta, tilde, lambda model: model(*args, **kwargs))
+        with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTED), seen_at(self.model, theta, tilde):
+            output = self.model(*args, **kwargs)
         if _has_reentrant_checkpoint(output):
             raise RuntimeError(_CHECKPOINTED)
         return output

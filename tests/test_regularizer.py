@@ -299,20 +299,16 @@ class SharedPart(nn.Module):
         return self.second(self.first(x))
 
 
-def test_a_submodule_under_two_names_is_swapped_in_place():
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_submodule_under_two_names_sees_the_interpolated_weights(strategy: str):
     model, loss_fn = SharedPart().double(), mse(*batch())
-    regularizer = regularizer_away_from_anchor(model)
-    assert regularizer.strategy == "in_place"
-    expected = explicit_gradients(regularizer, loss_fn)
+    assert regularizer_away_from_anchor(model).strategy == "functional"
+    regularizer = regularizer_away_from_anchor(model, strategy=strategy)
+    expected, own = explicit_gradients(regularizer, loss_fn), list(model.parameters())
     regularizer.backward(loss_fn)
     torch.testing.assert_close(gradients(model), expected)
-    with pytest.raises(ValueError, match=r"one Linear is reachable under two names \('first' and 'second\.0'\)"):
-        regularizer_away_from_anchor(model, strategy="functional")
-
-
-def test_a_shared_activation_is_no_obstacle():
-    model = nn.Sequential(nn.Linear(1, 1), relu := nn.ReLU(), nn.Linear(1, 1), relu)
-    assert InterpolatedWeightRegularizer(model).strategy == "functional"
+    assert [p is q for p, q in zip(own, model.parameters(), strict=True)] == [True, True]
+    assert model.second[0].weight is model.first.weight
 
 
 def test_gradient_hooks_of_parameters_see_both_passes():
@@ -336,27 +332,46 @@ def test_an_optimizer_that_steps_within_backward_is_right_or_refused():
 
 
 class KeepsAlias(nn.Module):
-    """Holds its weight in a list as well, which functional_call can't know."""
+    """Uses its weight through whatever holds it beside the module's own parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, hold) -> None:
         super().__init__()
-        self.linear = nn.Linear(3, 3)
-        self.alias = [self.linear.weight]
+        self.linear = nn.Linear(3, 3).double()
+        self.alias = hold(self.linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.alias[0], self.linear.bias)
+        weight = self.alias() if callable(self.alias) else self.alias[-1]
+        return F.linear(x, weight, self.linear.bias)
+
+
+def explicit_gradients_of_alias(regularizer: InterpolatedWeightRegularizer, loss_fn) -> dict[str, Tensor]:
+    anchor = {"weight": regularizer.anchor["linear.weight"], "bias": regularizer.anchor["linear.bias"]}
+    return explicit_gradients(InterpolatedWeightRegularizer(regularizer.model.linear, anchor=anchor), loss_fn)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "hold", [lambda w: [w], lambda w: (1, w), lambda w: [[w]].pop(0)], ids=["list", "tuple", "inner"]
+)
+def test_a_weight_that_is_held_twice_is_interpolated_in_both_places(strategy: str, hold):
+    model, loss_fn = KeepsAlias(hold), mse(*batch())
+    regularizer = InterpolatedWeightRegularizer(
+        model, anchor={n: p + 1 for n, p in model.named_parameters()}, strategy=strategy
+    )
+    expected = explicit_gradients_of_alias(regularizer, loss_fn)
+    regularizer.backward(loss_fn)
+    torch.testing.assert_close(gradients(model.linear), expected)
 
 
 def test_a_loss_that_goes_around_the_interpolated_weights_is_refused():
-    model, loss_fn = KeepsAlias().double(), mse(*batch())
-    model.alias = [model.linear.weight]
+    model, loss_fn = KeepsAlias(lambda w: lambda: w), mse(*batch())
+    anchor = {n: p + 1 for n, p in model.named_parameters()}
     with pytest.raises(RuntimeError, match=r"went around .*: 1 of the model's own weights \(linear\.weight\) got grad"):
-        regularizer_away_from_anchor(model).backward(loss_fn)
-    regularizer = regularizer_away_from_anchor(model, strategy="in_place")
+        InterpolatedWeightRegularizer(model, anchor=anchor).backward(loss_fn)
+    regularizer = InterpolatedWeightRegularizer(model, anchor=anchor, strategy="in_place")
     model.zero_grad()
+    expected = explicit_gradients_of_alias(regularizer, loss_fn)
     regularizer.backward(loss_fn)
-    anchor = {"weight": regularizer.anchor["linear.weight"], "bias": regularizer.anchor["linear.bias"]}
-    expected = explicit_gradients(InterpolatedWeightRegularizer(model.linear, anchor=anchor), loss_fn)
     torch.testing.assert_close(gradients(model.linear), expected)
 
 

@@ -92,7 +92,7 @@ def ddp_that_looks_for_unused_parameters_is_right(rank: int) -> None:
 
 
 class Twice(nn.Module):
-    """One submodule under two names, as functional_call can't have it."""
+    """One submodule under two names."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -105,9 +105,12 @@ class Twice(nn.Module):
 
 def ddp_of_a_submodule_under_two_names_is_right(rank: int) -> None:
     check_same_as_single_process(rank, Twice)
-    ddp = DistributedDataParallel(Twice(), static_graph=True)
-    with pytest.raises(ValueError, match=r"static_graph=True .* \('body\.4' and 'head'\)|two names"):
-        InterpolatedWeightRegularizer(ddp)
+    check_same_as_single_process(rank, Twice, ddp={"static_graph": True})
+
+
+def swapping_in_place_with_a_static_graph_is_refused(rank: int) -> None:
+    with pytest.raises(ValueError, match=r"static_graph=True would leave gradients unsynchronised \(as asked\)"):
+        InterpolatedWeightRegularizer(DistributedDataParallel(network(), static_graph=True), strategy="in_place")
 
 
 class Checkpointed(nn.Module):
