@@ -19,7 +19,8 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
 
     The mean and the unbiased variance over all batches of all ranks, whatever their sizes, so momentum plays no part.
     Other layers are in evaluation mode meanwhile. Frozen BatchNorm is left alone: layers in evaluation mode within a
-    model in training mode, and those whose affine parameters require no gradient.
+    model in training mode, and those whose affine parameters require no gradient. After an error every layer is as it
+    was before.
 
     Departs from `torch.optim.swa_utils.update_bn`, which averages the statistics of each batch with equal weights,
     takes frozen layers along and keeps dropout on.
@@ -43,6 +44,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
     modes = {module: module.training for module in model.modules()}
     layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and not _frozen(m, model)}
     moments = {layer: _Moments(layer) for layer in layers.values()}
+    backup = [(buffer, buffer.clone()) for layer in layers.values() for buffer in layer.buffers()]
     hooks = [layer.register_forward_pre_hook(moment.add) for layer, moment in moments.items()]
     try:
         model.eval()
@@ -51,6 +53,12 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
             layer.momentum, moments[layer].momentum = 0.0, layer.momentum  # the statistics are set below
         for batch in batches:
             _call(model, batch)
+        for name, layer in layers.items():
+            moments[layer].store(name, layer)
+    except BaseException:
+        for buffer, own in backup:
+            buffer.copy_(own)
+        raise
     finally:
         for hook in hooks:
             hook.remove()
@@ -58,8 +66,6 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
             layer.momentum = moment.momentum
         for module, training in modes.items():
             module.training = training
-    for name, layer in layers.items():
-        moments[layer].store(name, layer)
 
 
 def _frozen(layer: _BatchNorm, model: nn.Module) -> bool:

@@ -91,6 +91,7 @@ MUTANTS = [
     ("weights.py", "target.shape == value.shape and not expanded", "target.shape == value.shape", "tests/test_weights.py"),
     ("weights.py", "target.shape == value.shape and not expanded", "not expanded", AVERAGING),
     ("batchnorm.py", "dist.all_reduce(self.sums)", "pass", SHARDED),
+    ("batchnorm.py", "buffer.copy_(own)", "pass", "tests/test_batchnorm.py"),
     ("batchnorm.py", "* n / (n - 1)", "", "tests/test_batchnorm.py"),
     ("batchnorm.py", "and not _frozen(m, model)", "", "tests/test_batchnorm.py"),
     ("batchnorm.py", "        model.eval()\n", "", "tests/test_batchnorm.py"),

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from random_modules import identical, snapshot
 from torch import Tensor, nn
 
 from interpolate import reestimate_batchnorm
@@ -50,6 +51,23 @@ def test_modes_and_momentum_come_back_even_after_an_exception(training: bool):
         reestimate_batchnorm(model, [torch.randn(4, 7).double()])
     assert model[1].momentum == 0.3
     assert all(module.training == training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("batches", "error"),
+    [
+        ([torch.randn(4, 3).double(), torch.randn(4, 7).double()], RuntimeError),  # the second batch does not fit
+        ([torch.randn(4, 3).double()], ValueError),  # one layer is never called
+    ],
+)
+def test_after_an_error_every_layer_is_as_before(batches: list[Tensor], error: type[Exception]):
+    model = network()
+    model[3].unused = nn.BatchNorm1d(1)  # the second to be stored, after one that was called
+    model(torch.randn(4, 3).double())
+    own = snapshot(model)
+    with pytest.raises(error):
+        reestimate_batchnorm(model, batches)
+    assert identical(snapshot(model), own)
 
 
 class Keywords(nn.Module):
