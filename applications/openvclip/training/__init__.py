@@ -1,0 +1,1 @@
+"""Fine-tuning: the loop, how it steps, and the state to resume it from."""
