@@ -23,14 +23,15 @@ if __name__ != "__mp_main__":  # the processes that read videos import this scri
     from applications.openvclip.data.sampling import Sampling
     from applications.openvclip.data.storage import Cache
     from applications.openvclip.data.transforms import Normalisation
-    from applications.openvclip.journal import provenance
     from applications.openvclip.miniature import glyphs, tiny_clip
     from applications.openvclip.model.classifier import class_embeddings
     from applications.openvclip.model.prompts import OBJECT_TEMPLATES
     from applications.openvclip.model.video_encoder import VideoEncoder
-    from applications.openvclip.zeroshot.evaluator import Reading, Scorer, at_weights, look, plan
+    from applications.openvclip.runs.provenance import provenance
+    from applications.openvclip.zeroshot.one_pass import Reading, Scorer, at_weights, look
+    from applications.openvclip.zeroshot.passes import plan
     from applications.openvclip.zeroshot.protocols import Protocol, halves
-    from applications.openvclip.zeroshot.report import result_of
+    from applications.openvclip.zeroshot.scores import result_of
     from interpolate import patch
     from interpolate.weights import trainable_weights
 

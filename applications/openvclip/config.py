@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import cattrs
+
+from applications.openvclip.data.augmentation import Augmentation
+from applications.openvclip.data.sampling import Sampling
 
 Method = Literal["open-vclip", "fine-tuning", "iwr", "swa", "l2"]
 
@@ -26,34 +28,18 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which videos, and what a clip of them is."""
+    """Which videos, and how they are read."""
 
     train: str | None = None
-    """Videos to train on: a folder of class folders or a list in any known layout; by default those of the
-    miniature."""
+    """Videos to train on: a folder of class folders, a list in any known layout, or "miniature:train"."""
     train_root: str | None = None
     """Where the videos are that such a list names; by default the list's folder."""
     train_names: str | None = None
     """JSON file of class names to use instead of the tidied ones."""
     test: tuple[str, ...] = ()
-    """The same to test on, a set each; by default those of the miniature."""
-    templates: Literal["actions", "objects"] = "objects"
+    """The same to test on, a set each."""
+    templates: Literal["actions", "objects"] = "actions"
     """Sentences that class names are put into: the 28 published ones for actions, or 4 for objects."""
-    frames: int = 4
-    """Frames of a clip."""
-    stride: float = 4
-    """Distance of neighbouring frames of a clip, in frames at target_fps."""
-    target_fps: float | None = None
-    """Frame rate in which stride counts; by default each video's own."""
-    sampler: Literal["dense", "slowfast-offset", "slowfast-uniform", "segment"] = "dense"
-    """How a clip's frames are placed: evenly, as the published code does with or without its offset sampling, or one
-    in each of as many equal segments."""
-    max_short_side: float = 1.0
-    """Training: the short side is drawn between the crop's and this many times it."""
-    horizontal_flip: bool = False
-    """Training: mirror half of the clips."""
-    colour_jitter: float = 0.0
-    """Training: vary brightness, contrast and saturation by up to this fraction."""
     workers: int = 2
     """Processes that decode videos."""
     time_limit_s: float = 60.0
@@ -108,16 +94,12 @@ class EvaluationConfig:
     """Weight of the anchor in the final model."""
     anchor_weights: tuple[float, ...] = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
     """Weights of the anchor in the trade-off curve."""
-    views: int = 1
-    """Clips of each video, whose scores are added."""
-    crops: Literal[1, 3] = 1
-    """Crops of each clip along its longer side."""
     batch_size: int = 40
     """Videos at a time."""
     protocols: tuple[str, ...] = ()
-    """Published protocols such as ucf101/EP1, or JSON files of your own; besides the sets of data.test."""
+    """Published protocols such as ucf101/EP1, or JSON files of your own."""
     videos: dict[str, str] = field(default_factory=dict)
-    """Where the videos of each data set are: ucf101 FOLDER hmdb51 FOLDER, and so on."""
+    """Where the videos of each data set are: ucf101 FOLDER hmdb51 FOLDER, and so on; folders or URLs."""
     lists: dict[str, str] = field(default_factory=dict)
     """Where the lists of each data set are that a protocol needs."""
     unreadable: Literal["wrong", "left-out"] = "wrong"
@@ -138,38 +120,26 @@ class Config:
     """Folder of the run; an unfinished run there is continued. By default a new one under runs/."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    sampling: Sampling = field(default_factory=Sampling)
+    augmentation: Augmentation = field(default_factory=Augmentation)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     regularizer: RegularizerConfig = field(default_factory=RegularizerConfig)
     averager: AveragerConfig = field(default_factory=AveragerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
-_converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=False)
+_converter = cattrs.Converter(
+    forbid_extra_keys=True, detailed_validation=False, unstruct_collection_overrides={tuple: list}
+)
 _converter.register_unstructure_hook(Path, str)
 _converter.register_structure_hook(Path, lambda value, _: Path(value))
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain values, for JSON."""
+def to_dict(config: object) -> dict[str, Any]:
+    """A configuration, or a part of one, as plain values for JSON."""
     return _converter.unstructure(config)
 
 
-def to_json(config: Config) -> str:
-    return json.dumps(to_dict(config), indent=2) + "\n"
-
-
-def from_json(text: str) -> Config:
-    """The configuration that `to_json` wrote; unknown fields are an error."""
-    return _converter.structure(json.loads(text), Config)
-
-
-def differences(old: Config, new: Config) -> list[str]:
-    """The fields that differ, as "data.frames: 4, now 8"."""
-
-    def flat(value: object, name: str) -> dict[str, object]:
-        if not isinstance(value, dict):
-            return {name: value}
-        return {key: leaf for part in value for key, leaf in flat(value[part], f"{name}.{part}").items()}
-
-    before, after = (flat(to_dict(config), "") for config in (old, new))
-    return [f"{name[1:]}: {before[name]}, now {after[name]}" for name in before if before[name] != after[name]]
+def from_dict(settings: dict[str, Any]) -> Config:
+    """The configuration that `to_dict` took apart; unknown fields are an error."""
+    return _converter.structure(settings, Config)

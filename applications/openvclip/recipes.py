@@ -11,6 +11,8 @@ from applications.openvclip.config import (
     OptimizationConfig,
     RegularizerConfig,
 )
+from applications.openvclip.data.augmentation import Augmentation
+from applications.openvclip.data.sampling import Sampling
 
 
 def miniature() -> Config:
@@ -18,7 +20,15 @@ def miniature() -> Config:
 
     python -m applications.openvclip.train miniature
     """
-    return Config(recipe="miniature")
+    return Config(
+        recipe="miniature",
+        data=DataConfig(
+            train="miniature:train",
+            test=tuple(f"miniature:{name}" for name in ("closed", "zs_object", "zs_motion", "zs_colour", "images")),
+            templates="objects",
+        ),
+        sampling=Sampling(frames=4, stride=4, target_fps=None, sampler="dense", views=1),
+    )
 
 
 def vit_b_32() -> Config:
@@ -62,17 +72,9 @@ def _published(recipe: str, model: str, *, anchor_weight: float) -> Config:
     return Config(
         recipe=recipe,
         model=ModelConfig(name=model, pretrained="openai"),
-        data=DataConfig(
-            templates="actions",
-            frames=8,
-            stride=16,
-            target_fps=30,
-            sampler="slowfast-offset",
-            max_short_side=256 / 224,
-            horizontal_flip=True,
-            colour_jitter=0.4,
-            workers=8,
-        ),
+        data=DataConfig(templates="actions", workers=8),
+        sampling=Sampling(frames=8, stride=16, target_fps=30, sampler="slowfast-offset", views=3),
+        augmentation=Augmentation(max_short_side=256 / 224, horizontal_flip=True, colour_jitter=0.4),
         optimization=OptimizationConfig(
             epochs=22,
             batch_size=64,
@@ -89,7 +91,6 @@ def _published(recipe: str, model: str, *, anchor_weight: float) -> Config:
         evaluation=EvaluationConfig(
             anchor_weight=anchor_weight,
             anchor_weights=(0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0),
-            views=3,
             batch_size=16,
         ),
     )

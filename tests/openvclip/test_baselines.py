@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from applications.openvclip import train
-from applications.openvclip.checkpoint import load_state, load_weights
-from applications.openvclip.journal import read_journal
-from applications.openvclip.l2_penalty import L2Penalty
+from applications.openvclip.commands.train import parse
 from applications.openvclip.recipes import RECIPES
+from applications.openvclip.runs.files import load_weights
+from applications.openvclip.runs.journal import read_journal
+from applications.openvclip.training.l2_penalty import L2Penalty
+from applications.openvclip.training.state import load_state
 from tests.openvclip.test_commands import arguments
 from tests.openvclip.test_trainer import Scorer
 
@@ -65,24 +67,21 @@ def test_each_baseline_trains_with_its_parts_alone(
 
 @pytest.mark.parametrize(("name", "anchor_weight"), [("vit_b_32", 0.5), ("vit_b_16", 0.5), ("vit_l_14", 0.6)])
 def test_the_recipes_have_the_published_settings(name: str, anchor_weight: float) -> None:
-    config = train.parse([name])
+    config = parse([name])
     assert config == RECIPES[name]()
-    o, d = config.optimization, config.data
+    o, s = config.optimization, config.sampling
     assert (o.epochs, o.batch_size, o.warmup_epochs, o.schedule) == (22, 64, 2, "cosine")
     assert (o.learning_rate, o.lowest_learning_rate, o.weight_decay, o.max_gradient_norm) == (3.33e-6, 3.33e-8, 0.01, 1)
-    assert (d.frames, d.stride, d.target_fps, round(d.max_short_side * 224)) == (8, 16, 30, 256)
+    assert (s.frames, s.stride, s.target_fps, s.views) == (8, 16, 30, 3)
+    assert round(config.augmentation.max_short_side * 224) == 256
     assert (config.regularizer.max_alpha, config.regularizer.strength) == (0.6, 0.5)
     assert config.evaluation.anchor_weight == anchor_weight
-    assert config.evaluation.views == 3
     assert config.model.pretrained == "openai"
     assert "quickgelu" in config.model.name
     assert f"train {name} " in (RECIPES[name].__doc__ or "")
 
 
-def test_a_recipe_on_real_data_needs_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from applications.openvclip import experiment
-
-    monkeypatch.setattr(experiment, "load_clip", lambda config: None)
+def test_a_recipe_on_real_data_needs_videos(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.train: ViT-B-16-quickgelu needs videos to train on"):
         train.main(["vit_b_16", "--output", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from applications.openvclip import evaluate, train
 from applications.openvclip.data.decode import Video, VideoReadError
 from applications.openvclip.data.layouts import read_dataset
-from applications.openvclip.journal import read_journal
 from applications.openvclip.miniature import tiny_clip
 from applications.openvclip.model.classifier import class_embeddings
 from applications.openvclip.model.prompts import OBJECT_TEMPLATES
 from applications.openvclip.model.video_encoder import VideoEncoder
+from applications.openvclip.runs.journal import read_journal
 from interpolate import WeightMismatchError
 from tests.openvclip.files import write_manifest
 

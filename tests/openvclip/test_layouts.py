@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from applications.openvclip.data import __main__ as data_command
+from applications.openvclip.commands import inspect
 from applications.openvclip.data.layouts import hmdb_lists, read_dataset, tidy
 from applications.openvclip.data.manifest import read_manifest
 from tests.openvclip.files import ramp, write_manifest, write_video
@@ -183,7 +183,7 @@ def test_inspect_counts_and_writes_a_manifest(tmp_path: Path, capsys: pytest.Cap
     write_video(root / "ApplyLipstick" / "a.mp4", ramp(20, 48, 64))
     write_video(root / "ApplyLipstick" / "b.avi", ramp(30, 96, 128), "mpeg4", rate=10)
     touch(root, "Archery/empty.mp4")
-    data_command.main(["inspect", str(root), "--write", str(tmp_path / "m.csv"), "--workers", "1"])
+    inspect.main([str(root), "--write", str(tmp_path / "m.csv"), "--workers", "1"])
     out = capsys.readouterr().out
     assert "tree: 3 videos of 2 classes" in out
     assert "videos of a class: 1 to 2, median 1.5" in out

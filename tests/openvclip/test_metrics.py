@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from applications.openvclip.metrics import top_k_accuracy
+from applications.openvclip.zeroshot.metrics import top_k_accuracy
 
 
 def test_accuracy_counts_labels_among_the_highest_logits() -> None:

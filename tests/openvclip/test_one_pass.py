@@ -19,10 +19,10 @@ from applications.openvclip.data.decode import Video
 from applications.openvclip.data.manifest import read_manifest
 from applications.openvclip.miniature import glyphs, tasks, tiny_clip
 from applications.openvclip.miniature import world as world_of_glyphs
-from applications.openvclip.zeroshot import report
 from applications.openvclip.zeroshot.logits import LogitFiles
 from applications.openvclip.zeroshot.protocols import halves
 from applications.openvclip.zeroshot.published import published
+from applications.openvclip.zeroshot.results import read_results
 
 SAMPLING = {"frames": 4, "stride": 4, "target_fps": None, "sampler": "dense", "views": 2}
 
@@ -167,7 +167,7 @@ def test_unreadable_videos_count_as_wrong_unless_left_out(world: Path, tmp_path:
     evaluate.main(command(world, tmp_path / "wrong", "bad"))
     assert "bad: 2 unreadable videos, counted as wrong" in capsys.readouterr().out
     evaluate.main([*command(world, tmp_path / "left-out", "bad"), "--unreadable", "left-out"])
-    wrong, left_out = (report.read_results(tmp_path / name / "results.json") for name in ("wrong", "left-out"))
+    wrong, left_out = (read_results(tmp_path / name / "results.json") for name in ("wrong", "left-out"))
     for results in (wrong, left_out):
         assert set(results.protocols["bad"].unreadable) == {f"{world}/empty.mp4", f"{world}/absent.mp4"}
         assert "absent.mp4: no such file" in results.protocols["bad"].unreadable[f"{world}/absent.mp4"]
@@ -195,7 +195,7 @@ def test_unlike_protocols_do_not_share_a_table(world: Path, once: Path, tmp_path
 
 
 def test_a_report_has_means_deviations_and_classes(once: Path) -> None:
-    results = report.read_results(once / "results.json")
+    results = read_results(once / "results.json")
     ep3 = results.protocols["EP3"]
     values = ep3.accuracy["0.5"]["top-1"]
     assert ep3.text("0.5") == f"{100 * np.mean(values):.1f}±{100 * np.std(values):.1f}"
@@ -210,7 +210,7 @@ def test_a_report_has_means_deviations_and_classes(once: Path) -> None:
 
 
 def test_published_figures_stand_beside_the_published_protocol_only(once: Path) -> None:
-    result = replace(report.read_results(once / "results.json").protocols["EP2"], protocol="ucf101/EP2")
+    result = replace(read_results(once / "results.json").protocols["EP2"], protocol="ucf101/EP2")
     assert published(result, "ViT-B-16", "Open-VCLIP") is None
     from applications.openvclip.zeroshot.published import _HASHES
 

@@ -5,21 +5,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from applications.openvclip import experiment
-from applications.openvclip.config import Config
 from applications.openvclip.data.manifest import Manifest
 from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.model.video_encoder import VideoEncoder
-from applications.openvclip.zeroshot.evaluator import Pass
+from applications.openvclip.zeroshot.evaluation import scorers_of
 from applications.openvclip.zeroshot.logits import LogitFiles
+from applications.openvclip.zeroshot.passes import Pass
 from applications.openvclip.zeroshot.protocols import Protocol
-from applications.openvclip.zeroshot.report import result_of
+from applications.openvclip.zeroshot.scores import result_of
 from interpolate.weights import trainable_weights
 
 
 def test_the_baseline_is_the_image_model_on_every_frame(source) -> None:
     anchor = trainable_weights(VideoEncoder(source.clip))
-    scorer = experiment.scorers_of(Config("miniature"), source, anchor, None)["CLIP*"]
+    scorer = scorers_of(source.clip, "mask", anchor, None, [])["CLIP*"]
     generator = torch.Generator().manual_seed(0)
     video = torch.randn(2, 3, 4, 32, 32, generator=generator)
     classes = torch.nn.functional.normalize(torch.randn(5, 128, generator=generator), dim=-1)

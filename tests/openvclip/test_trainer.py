@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from applications.openvclip.journal import Journal, read_journal
-from applications.openvclip.trainer import LearningRate, Trainer, adamw
+from applications.openvclip.runs.journal import Journal, read_journal
+from applications.openvclip.training.optimisation import LearningRate, adamw
+from applications.openvclip.training.trainer import Trainer
 from interpolate import InterpolatedWeightRegularizer, SWAAverager
 
 STEPS = 8

@@ -1,6 +1,6 @@
 """Put the results of several evaluations in one table; unlike protocols are refused.
 
-python -m applications.openvclip.compare runs/a/results.json runs/b/results.json
+openvclip compare runs/a/results.json runs/b/results.json
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import tyro
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    tyro.cli(compare, prog="python -m applications.openvclip.compare", description=__doc__, args=arguments)
+    tyro.cli(compare, prog="openvclip compare", description=__doc__, args=arguments)
 
 
 def compare(results: tyro.conf.Positional[tuple[Path, ...]]) -> None:
@@ -21,10 +21,7 @@ def compare(results: tyro.conf.Positional[tuple[Path, ...]]) -> None:
     Args:
         results: Their results.json files.
     """
-    from applications.openvclip.zeroshot import report  # torch takes seconds; --help must not wait for it
+    from applications.openvclip.zeroshot import tables
+    from applications.openvclip.zeroshot.results import read_results
 
-    print(report.compare({str(path.parent): report.read_results(path) for path in results}))
-
-
-if __name__ == "__main__":
-    main()
+    print(tables.compare({str(path.parent): read_results(path) for path in results}))

@@ -1,84 +1,108 @@
 """Evaluate a finished run again, or weights from elsewhere: all protocols and anchor weights, each video decoded once.
 
-python -m applications.openvclip.evaluate runs/miniature-… --anchor-weights 0.3 0.5 0.7
-python -m applications.openvclip.evaluate --weights swa_2_22.pth --model.name ViT-B-16 --model.pretrained openai
+openvclip evaluate runs/miniature-… --anchor-weights 0.3 0.5 0.7       # its options: openvclip evaluate RUN --help
+openvclip evaluate --weights swa_2_22.pth --model.name ViT-B-16 --model.pretrained openai
     --protocols ucf101/EP1 ucf101/EP2 ucf101/EP3 --videos ucf101 UCF-101 --lists ucf101 zs_label_db
 torchrun --nproc-per-node 8 -m applications.openvclip.evaluate …       # processes share the videos
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
-from applications.openvclip.config import Config, DataConfig, EvaluationConfig, ModelConfig
+from applications.openvclip.commands.evaluate_weights import OfWeights, evaluate_weights
+from applications.openvclip.config import Config, from_dict, to_dict
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """What to evaluate, and on what. An evaluation that was interrupted goes on when its command is given again."""
+class OfRun:
+    """What to evaluate a run on; where no option is given, its own settings hold."""
 
-    run: tyro.conf.Positional[Path | None] = None
-    """Folder of a finished run, whose settings hold where no option says otherwise."""
-    weights: Path | None = None
-    """Without a run: fine-tuned weights in a file of Open-VCLIP's, open_clip's or another known form; by default none,
-    for CLIP* alone."""
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(name="ViT-B-16", pretrained="openai"))
-    """Without a run: the anchor."""
-    output: Path = Path("runs/evaluation")
-    """Without a run: folder of logits and results."""
     anchor_weight: float | None = None
-    """Weight of the anchor in the final model; by default the run's, or 0.5."""
+    """Weight of the anchor in the final model."""
     anchor_weights: tuple[float, ...] = ()
-    """Weights of the anchor to evaluate at; by default those of the run, or 0, 0.5 and 1."""
+    """Weights of the anchor to evaluate at."""
     protocols: tuple[str, ...] = ()
-    """Published protocols such as ucf101/EP1, or JSON files of your own; by default the sets of the run."""
+    """Published protocols such as ucf101/EP1, or JSON files of your own, in place of what the run was evaluated on."""
     videos: dict[str, str] = field(default_factory=dict)
     """Where the videos of each data set are: ucf101 FOLDER hmdb51 FOLDER, and so on; folders or URLs."""
     lists: dict[str, str] = field(default_factory=dict)
     """Where the lists of each data set are that a protocol needs."""
     unreadable: Literal["wrong", "left-out"] | None = None
-    """What a video is that can't be read; by default as in the run, or a wrong answer."""
-    workers: int = 2
-    """Without a run: processes that decode videos."""
-    time_limit_s: float = 60.0
-    """Without a run: seconds that reading one video may take."""
+    """What a video is that can't be read: a wrong answer, or no part of the set."""
     batch_size: int | None = None
-    """Videos at a time; by default the run's, or 16."""
+    """Videos at a time."""
+    workers: int | None = None
+    """Processes that decode videos."""
+    time_limit_s: float | None = None
+    """Seconds that reading one video may take."""
 
-    def changes(self) -> dict[str, Any]:
-        """The fields of `EvaluationConfig` that were given."""
+    def applied(self, config: Config) -> Config:
+        """The run's configuration with what was given."""
+
+        def given(*names: str) -> dict[str, object]:
+            return {name: getattr(self, name) for name in names if getattr(self, name) not in (None, (), {})}
+
         names = ("anchor_weight", "anchor_weights", "protocols", "videos", "lists", "unreadable", "batch_size")
-        return {name: getattr(self, name) for name in names if getattr(self, name) not in (None, (), {})}
+        data = given("workers", "time_limit_s") | ({"test": ()} if self.protocols else {})
+        return replace(
+            config, evaluation=replace(config.evaluation, **given(*names)), data=replace(config.data, **data)
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parsed = tyro.cli(Arguments, prog="python -m applications.openvclip.evaluate", description=__doc__, args=arguments)
-    from applications.openvclip import distributed, experiment  # torch takes seconds; --help must not wait for it
-    from applications.openvclip.run_folder import RunFolder
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and not arguments[0].startswith("-"):
+        run = Path(arguments.pop(0))
+        of_run = tyro.cli(OfRun, prog=f"openvclip evaluate {run}", args=arguments)
+        with_processes(lambda: evaluate_run(run, of_run))
+    else:
+        of_weights = tyro.cli(OfWeights, prog="openvclip evaluate", description=__doc__, args=arguments)
+        with_processes(lambda: evaluate_weights(of_weights))
+
+
+def evaluate_run(run: Path, options: OfRun) -> None:
+    """Evaluate a run's averaged weights again; its report is written anew.
+
+    Raises:
+        FileNotFoundError: There is no run, or it has no averaged weights yet.
+        WeightMismatchError: The pretrained weights are not those that the run started from.
+    """
+    from applications.openvclip import build
+    from applications.openvclip.commands.report import report
+    from applications.openvclip.runs.files import fingerprint, load_weights
+    from applications.openvclip.runs.folder import RunFolder
+    from interpolate import WeightMismatchError
+
+    folder = RunFolder(run)
+    config = options.applied(from_dict(folder.read_settings()))
+    if not folder.averaged.exists():
+        raise FileNotFoundError(f"{folder.path} has no {folder.averaged.name}: its training has not ended.")
+    source = build.clip(config.model)
+    anchor = build.anchor(source)
+    theta, metadata = load_weights(folder.averaged)
+    if metadata["anchor"] != fingerprint(anchor):
+        raise WeightMismatchError(
+            f"{folder.averaged} was trained from other pretrained weights than {config.model.name} "
+            f"{config.model.pretrained or ''} holds now (fingerprint {metadata['anchor']}, now {fingerprint(anchor)})."
+        )
+    evaluation = build.evaluation(source, config, build.protocols(config, json.loads(metadata["classes"])))
+    report(folder, evaluation(anchor, theta, folder.logits), to_dict(config))
+
+
+def with_processes(evaluate: Callable[[], None]) -> None:
+    """Evaluate with the other processes that torchrun has started."""
+    from applications.openvclip import distributed  # brings torch, for which --help must not wait
 
     distributed.initialise()
     try:
-        if parsed.run is not None:
-            experiment.reevaluate(RunFolder(parsed.run), parsed.changes())
-            return
-        if not parsed.protocols:
-            raise ValueError("without a run, --protocols says what to evaluate on: ucf101/EP2, or a .json file.")
-        defaults: dict[str, Any] = {"anchor_weights": (0.0, 0.5, 1.0), "batch_size": 16}
-        config = Config(
-            recipe="evaluation",
-            model=parsed.model,
-            data=DataConfig(workers=parsed.workers, time_limit_s=parsed.time_limit_s),
-            evaluation=EvaluationConfig(**(defaults | parsed.changes())),
-        )
-        experiment.evaluate_weights(config, parsed.weights, RunFolder(parsed.output))
+        evaluate()
     finally:
         distributed.finish()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,26 +1,23 @@
 """Look at a data set before using it.
 
-python -m applications.openvclip.data inspect /data/UCF-101
-python -m applications.openvclip.data inspect lists/ucf101_split1/test.csv --root /data/UCF-101 --write split1.csv
+openvclip inspect /data/UCF-101
+openvclip inspect lists/ucf101_split1/test.csv --root /data/UCF-101 --write split1.csv
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    tyro.extras.subcommand_cli_from_dict(
-        {"inspect": inspect}, prog="python -m applications.openvclip.data", description=__doc__, args=arguments
-    )
+    tyro.cli(inspect, prog="openvclip inspect", description=__doc__, args=arguments)
 
 
 def inspect(
-    source: Annotated[str, tyro.conf.Positional],
+    source: tyro.conf.Positional[str],
     root: str | None = None,
     names: str | None = None,
     write: Path | None = None,
@@ -30,7 +27,7 @@ def inspect(
     """Count videos and classes, open every video, and say which can't be read.
 
     Args:
-        source: Folder of class folders, or a list in any of the known layouts; a path or URL.
+        source: Folder of class folders, or a list in any of the known layouts; a path or URL. Or miniature:train.
         root: Where the videos are that a list names; by default the list's folder.
         names: JSON file of class names to use instead of the tidied ones.
         write: Where to write a manifest (CSV of path, label) of the readable videos.
@@ -39,13 +36,14 @@ def inspect(
     """
     from rich.console import Console
 
-    from applications.openvclip.data import inspection, layouts
+    from applications.openvclip import build
+    from applications.openvclip.data import inspection
     from applications.openvclip.data.manifest import write_manifest
     from applications.openvclip.data.storage import Cache
     from applications.openvclip.progress import progress_bar
 
     console = Console()
-    manifest = layouts.read_dataset(source, root, names)
+    manifest = build.data_set(source, root, names)
     with progress_bar(console) as progress:
         task = progress.add_task("opening videos", total=len(manifest))
         found = inspection.inspect(
@@ -60,7 +58,3 @@ def inspect(
     if write:
         write_manifest(write, manifest.only(found.streams))
         console.print(f"manifest of the {len(found.streams)} readable videos: {write}", soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()

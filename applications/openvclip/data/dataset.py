@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from applications.openvclip.data import transforms
+from applications.openvclip.data.augmentation import Augmentation
 from applications.openvclip.data.decode import Video, VideoReadError
 from applications.openvclip.data.manifest import Manifest
 from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.data.storage import Cache, FetchError
-from applications.openvclip.data.transforms import Augmentation
 
 TrainingKey = tuple[int, int, int]
 """Epoch, index in the manifest, and how many other videos have been tried for it."""

@@ -22,11 +22,12 @@ import torch
 from open_clip.model import CLIP
 from torch import Tensor, nn
 
-from applications.openvclip.checkpoint import save_weights
-from applications.openvclip.journal import command
 from applications.openvclip.miniature import glyphs, tiny_clip, world
 from applications.openvclip.model.prompts import OBJECT_TEMPLATES
 from applications.openvclip.progress import progress_bar
+from applications.openvclip.runs.files import save_weights
+from applications.openvclip.runs.provenance import command
+from applications.openvclip.training.optimisation import LearningRate, adamw
 
 BATCH_SIZE = 128
 LEARNING_RATE = 1.5e-3
@@ -42,13 +43,6 @@ def normalised(images: Tensor) -> Tensor:
     """Images in [0, 1] as the tower expects them."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (tiny_clip.IMAGE_MEAN, tiny_clip.IMAGE_STD))
     return (images - mean) / std
-
-
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine down to 0."""
-    if step < WARMUP_STEPS:
-        return LEARNING_RATE * (step + 1) / WARMUP_STEPS
-    return LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)))
 
 
 def batch(seed: int, step: int) -> tuple[Tensor, list[str]]:
@@ -76,18 +70,14 @@ def pretrain(seed: int, steps: int) -> CLIP:
     """Train a tiny CLIP from random weights, showing progress and the time left."""
     torch.manual_seed(seed)
     model, tokenizer, loss_fn = tiny_clip.build(), tiny_clip.WordTokenizer(), open_clip.ClipLoss()
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.98),
-    )
+    optimizer = adamw(model, WEIGHT_DECAY, betas=(0.9, 0.98))
+    learning_rate = LearningRate(LEARNING_RATE, 0.0, WARMUP_STEPS, steps, "cosine")
     with progress_bar() as progress:
         task = progress.add_task("pre-training", total=steps)
         for step in range(steps):
             images, captions = batch(seed, step)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps)
+                group["lr"] = learning_rate(step)
             loss = loss_fn(*model(normalised(images), tokenizer(captions)))
             optimizer.zero_grad()
             loss.backward()

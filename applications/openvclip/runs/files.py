@@ -1,9 +1,9 @@
-"""Files of a run: training state and weights. Written whole or not at all; nothing in them is ever run."""
+"""Weights and texts on the disk: written whole or not at all."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -12,17 +12,6 @@ from torch import Tensor
 
 from interpolate.atomic import replacing
 from interpolate.weights import Weights
-
-
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write the state of training: tensors, numbers and texts in dicts and lists."""
-    with replacing(path) as file:
-        torch.save(state, file)
-
-
-def load_state(path: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote, on the CPU."""
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def save_weights(path: Path, weights: Weights, metadata: dict[str, str]) -> None:
@@ -36,6 +25,15 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the weights and the metadata of a safetensors file, on the CPU."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def fingerprint(weights: Weights) -> str:
+    """A hash of names and values, to tell one set of weights from another."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def write_text(path: Path, text: str) -> None:

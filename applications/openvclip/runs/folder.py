@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from applications.openvclip.checkpoint import write_text
-from applications.openvclip.config import Config, differences, from_json, to_json
+from applications.openvclip.runs.files import write_text
 
 
 @dataclass(frozen=True)
@@ -58,40 +59,55 @@ class RunFolder:
     def plot(self) -> Path:
         return self.path / "tradeoff.png"
 
-    def read_config(self) -> Config:
-        """The configuration of the run.
+    def read_settings(self) -> dict[str, Any]:
+        """The configuration of the run, as plain values.
 
         Raises:
             FileNotFoundError: This is no folder of a run.
         """
         if not self.config.exists():
             raise FileNotFoundError(f"{self.path} is no folder of a run: there is no {self.config.name} in it.")
-        return from_json(self.config.read_text(encoding="utf-8"))
+        return json.loads(self.config.read_text(encoding="utf-8"))
+
+    def open_for_training(self, settings: dict[str, Any]) -> None:
+        """Make the folder of a new run, or go on with an unfinished run of the same configuration.
+
+        Args:
+            settings: The configuration, as plain values for JSON.
+
+        Raises:
+            FileExistsError: The folder holds something else: a finished run, one of another configuration, or no run.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.config.exists():
+            if any(self.path.iterdir()):
+                raise FileExistsError(f"{self.path} is not empty and holds no run; choose another --output.")
+            write_text(self.config, json.dumps(settings, indent=2) + "\n")
+            return
+        changed = differences(self.read_settings(), settings)
+        if changed:
+            raise FileExistsError(
+                f"{self.path} holds a run of another configuration ({', '.join(changed)}); choose another --output."
+            )
+        if self.results.exists():
+            raise FileExistsError(
+                f"{self.path} holds a finished run; `openvclip evaluate {self.path}` evaluates it again, another "
+                "--output trains anew."
+            )
 
 
-def open_for_training(config: Config) -> RunFolder:
-    """Make the folder of a new run, or find the one of an unfinished run of the same configuration.
+def new_path(recipe: str) -> Path:
+    """Where a run goes that was not told where to."""
+    return Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
 
-    Raises:
-        FileExistsError: The folder holds something else: a finished run, one of another configuration, or no run.
-    """
-    default = Path("runs") / f"{config.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
-    folder = RunFolder(config.output or default)
-    if not folder.path.exists():
-        folder.path.mkdir(parents=True)
-    if not folder.config.exists():
-        if any(folder.path.iterdir()):
-            raise FileExistsError(f"{folder.path} is not empty and holds no run; choose another --output.")
-        write_text(folder.config, to_json(config))
-        return folder
-    changed = differences(folder.read_config(), config)
-    if changed:
-        raise FileExistsError(
-            f"{folder.path} holds a run of another configuration ({', '.join(changed)}); choose another --output."
-        )
-    if folder.results.exists():
-        raise FileExistsError(
-            f"{folder.path} holds a finished run; `python -m applications.openvclip.evaluate {folder.path}` evaluates "
-            "it again, another --output trains anew."
-        )
-    return folder
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The settings that differ, as "sampling.frames: 4, now 8"."""
+
+    def flat(value: object, name: str) -> dict[str, object]:
+        if not isinstance(value, dict):
+            return {name: value}
+        return {key: leaf for part in value for key, leaf in flat(value[part], f"{name}.{part}").items()}
+
+    before, after = (flat(settings, "") for settings in (old, new))
+    return [f"{name[1:]}: {before[name]}, now {after[name]}" for name in before if before[name] != after[name]]

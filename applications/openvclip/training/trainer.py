@@ -6,44 +6,18 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from applications.openvclip.checkpoint import load_state, save_state
-from applications.openvclip.journal import Journal
-from applications.openvclip.l2_penalty import L2Penalty
 from applications.openvclip.progress import progress_bar
+from applications.openvclip.runs.journal import Journal
+from applications.openvclip.training.l2_penalty import L2Penalty
+from applications.openvclip.training.optimisation import LearningRate
+from applications.openvclip.training.state import load_state, save_state
 from interpolate import InterpolatedWeightRegularizer, SWAAverager
-
-
-@dataclass(frozen=True)
-class LearningRate:
-    """Linear warm-up from `lowest` to `highest`, then constant, or half a cosine back to `lowest`."""
-
-    highest: float
-    lowest: float
-    warmup_steps: int
-    total_steps: int
-    schedule: Literal["constant", "cosine"]
-
-    def __call__(self, step: int) -> float:
-        if step < self.warmup_steps:
-            return self.lowest + (self.highest - self.lowest) * (step + 1) / self.warmup_steps
-        if self.schedule == "constant":
-            return self.highest
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return self.lowest + (self.highest - self.lowest) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW over the trainable weights, without decay for vectors and scalars."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed, undecayed = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=betas)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from applications.openvclip.checkpoint import write_text
+from applications.openvclip.runs.files import write_text
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -31,9 +29,3 @@ def per_class_accuracy(correct: Tensor, labels: Tensor, n_classes: int) -> Tenso
     """Share of correct videos of each class: (n_classes,) float64, nan for a class without videos."""
     totals = torch.bincount(labels, minlength=n_classes)
     return torch.bincount(labels, weights=correct.double(), minlength=n_classes) / totals
-
-
-def mean_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation of the values themselves (numpy's default, not the estimate for a population)."""
-    tensor = torch.tensor(values, dtype=torch.float64)
-    return tensor.mean().item(), tensor.std(correction=0).item()

@@ -1,8 +1,8 @@
-"""One pass over the videos for all protocols and all weights: each video is decoded once."""
+"""One pass over videos for all protocols and all weights: each video is decoded once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,12 +15,11 @@ from torch.func import functional_call
 from applications.openvclip import distributed
 from applications.openvclip.data.dataset import EvaluationViews
 from applications.openvclip.data.decode import VideoReadError
-from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.data.storage import Cache
 from applications.openvclip.data.transforms import Normalisation, normalised
 from applications.openvclip.data.workers import Workers
 from applications.openvclip.zeroshot.logits import LogitFiles
-from applications.openvclip.zeroshot.protocols import Protocol
+from applications.openvclip.zeroshot.passes import Pass
 from interpolate.weights import Weights
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
@@ -30,45 +29,6 @@ Scorer = Callable[[Tensor, Tensor], Tensor]
 def at_weights(model: nn.Module, weights: Weights) -> Scorer:
     """The model's scores with other weights, by name; the model itself is not touched."""
     return lambda clips, class_embeddings: functional_call(model, dict(weights), (clips, class_embeddings))
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Videos to look at once, for all protocols that share some of them, their sentences and their views."""
-
-    videos: tuple[str, ...]
-    """Locations, each once."""
-    classes: tuple[str, ...]
-    """Every class that competes in one of the protocols, each once."""
-    templates: tuple[str, ...]
-    sampling: Sampling
-
-
-def plan(protocols: Sequence[Protocol]) -> dict[Pass, list[Protocol]]:
-    """The passes that the protocols need, and which each is for: protocols that share a video share its pass."""
-    groups: list[tuple[set[str], list[Protocol]]] = []
-    for protocol in protocols:
-        videos, together = set(_locations([protocol])), [protocol]
-        apart = []
-        for others, group in groups:
-            alike = (group[0].templates, group[0].sampling) == (protocol.templates, protocol.sampling)
-            if alike and videos & others:
-                videos, together = videos | others, group + together
-            else:
-                apart.append((others, group))
-        groups = [*apart, (videos, together)]
-    passes = {}
-    for _, group in groups:
-        classes = dict.fromkeys(name for protocol in group for part in protocol.parts for name in part.classes)
-        one = Pass(tuple(_locations(group)), tuple(classes), group[0].templates, group[0].sampling)
-        passes[one] = group
-    return passes
-
-
-def _locations(protocols: Sequence[Protocol]) -> dict[str, None]:
-    """The videos of protocols, each once, in order."""
-    parts = [part for protocol in protocols for part in protocol.parts]
-    return dict.fromkeys(part.location(i) for part in parts for i in range(len(part)))
 
 
 @dataclass(frozen=True)

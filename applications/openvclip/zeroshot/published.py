@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from applications.openvclip.zeroshot.report import ProtocolResult
+from applications.openvclip.zeroshot.results import ProtocolResult
 
 _HASHES = {
     "ucf101/EP1": "1db943ac7c85d201",

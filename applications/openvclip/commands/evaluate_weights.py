@@ -1,0 +1,59 @@
+"""The form of `openvclip evaluate` without a run: weights that no run of this program made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from applications.openvclip.config import Config, DataConfig, EvaluationConfig, ModelConfig, to_dict
+
+
+@dataclass(frozen=True)
+class OfWeights:
+    """What to evaluate, and on what. An evaluation that was interrupted goes on when its command is given again."""
+
+    weights: Path | None = None
+    """Fine-tuned weights in a file of Open-VCLIP's, open_clip's or another known form; by default none, for CLIP*
+    alone."""
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(name="ViT-B-16", pretrained="openai"))
+    """The anchor."""
+    output: Path = Path("runs/evaluation")
+    """Folder of logits and results."""
+    evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: EvaluationConfig(anchor_weights=(0.0, 0.5, 1.0), batch_size=16)
+    )
+    workers: int = 2
+    """Processes that decode videos."""
+    time_limit_s: float = 60.0
+    """Seconds that reading one video may take."""
+
+
+def evaluate_weights(options: OfWeights) -> None:
+    """Evaluate weights that no run of this program made; without any, CLIP* alone."""
+    from rich.console import Console
+
+    from applications.openvclip import build
+    from applications.openvclip.commands.report import report
+    from applications.openvclip.model import pretrained
+    from applications.openvclip.runs.folder import RunFolder
+
+    if not options.evaluation.protocols:
+        raise ValueError("without a run, --protocols says what to evaluate on: ucf101/EP2, or a .json file.")
+    data = DataConfig(workers=options.workers, time_limit_s=options.time_limit_s)
+    config = Config("evaluation", model=options.model, data=data, evaluation=options.evaluation)
+    source = build.clip(config.model)
+    theta = None
+    if options.weights is not None:
+        theta, form = pretrained.read_file(options.weights)
+        theta = {name: tensor for name, tensor in theta.items() if name.startswith("visual.") or name == "logit_scale"}
+        if form == "Open-VCLIP" and config.model.edge != "zero":
+            config = replace(config, model=replace(config.model, edge="zero"))
+            told = f"{options.weights} is a checkpoint of the published code: evaluated with edge=zero."
+            Console().print(told, soft_wrap=True)
+    evaluation = build.evaluation(source, config, build.protocols(config, ()))
+    folder = RunFolder(options.output)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    report(folder, evaluation(build.anchor(source), theta, folder.logits), to_dict(config))

@@ -1,0 +1,43 @@
+"""What every evaluation leaves behind and shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from applications.openvclip import distributed
+from applications.openvclip.runs.files import write_text
+from applications.openvclip.runs.folder import RunFolder
+from applications.openvclip.runs.provenance import provenance
+from applications.openvclip.zeroshot import tables
+from applications.openvclip.zeroshot.plot import plot_tradeoff
+from applications.openvclip.zeroshot.results import ProtocolResult, Results, write_results
+
+
+def report(folder: RunFolder, found: Sequence[ProtocolResult], settings: dict[str, Any]) -> None:
+    """Write results.json, results.md and tradeoff.png, and print the table; one process does.
+
+    Args:
+        folder: Where to write.
+        found: What was found, a protocol each.
+        settings: What it was found with, as plain values.
+    """
+    if distributed.rank() > 0:
+        return
+    console = Console()
+    weight = settings["evaluation"]["anchor_weight"]
+    results = Results(settings["model"]["name"], weight, {r.protocol: r for r in found}, provenance(), settings)
+    write_results(folder.results, results)
+    write_text(folder.markdown, tables.markdown(results))
+    console.print(tables.table(results))
+    for result in found:
+        if result.unreadable:
+            policy = "counted as wrong" if result.unreadable_policy == "wrong" else "left out"
+            console.print(f"{result.protocol}: {len(result.unreadable)} unreadable videos, {policy}")
+    patched = all(f"{weight:g}" in result.accuracy for result in found)
+    if patched and any(r.closed for r in found) and not all(r.closed for r in found):
+        plot_tradeoff(folder.plot, results)
+        console.print(f"the trade-off along the anchor weight: {folder.plot}", soft_wrap=True)
+    console.print(f"all figures: {folder.results}, as tables: {folder.markdown}", soft_wrap=True)

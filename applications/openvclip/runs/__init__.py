@@ -1,0 +1,1 @@
+"""The folder of a run: its files, its journal, and where results come from."""

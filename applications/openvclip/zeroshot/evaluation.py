@@ -1,0 +1,82 @@
+"""CLIP* and the weights along the path from theta to the anchor, under every protocol, from one look at each video."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from open_clip.model import CLIP
+
+from applications.openvclip import distributed
+from applications.openvclip.model.classifier import class_embeddings
+from applications.openvclip.model.pretrained import PretrainedCLIP
+from applications.openvclip.model.temporal_attention import Edge
+from applications.openvclip.model.video_encoder import VideoEncoder
+from applications.openvclip.progress import progress_bar
+from applications.openvclip.runs.files import fingerprint
+from applications.openvclip.zeroshot.one_pass import Reading, Scorer, at_weights, look
+from applications.openvclip.zeroshot.passes import plan
+from applications.openvclip.zeroshot.protocols import Protocol
+from applications.openvclip.zeroshot.results import BASELINE, ProtocolResult
+from applications.openvclip.zeroshot.scores import result_of
+from interpolate import patch
+from interpolate.weights import Weights
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to evaluate on, and how; called with weights."""
+
+    source: PretrainedCLIP
+    edge: Edge
+    protocols: Sequence[Protocol]
+    anchor_weights: Sequence[float]
+    """Where to evaluate along the path; at 0, the fine-tuned weights themselves, always."""
+    reading: Reading
+
+    def __call__(self, anchor: Weights, theta: Weights | None, folder: Path) -> list[ProtocolResult]:
+        """The accuracies of CLIP* and, where there are fine-tuned weights, at every anchor weight.
+
+        Processes of torchrun share the videos; all return the same results.
+
+        Args:
+            anchor: The pretrained weights.
+            theta: The fine-tuned weights, under the same names.
+            folder: Where logits are kept; an evaluation that was interrupted goes on with them.
+        """
+        scorers = scorers_of(self.source.clip, self.edge, anchor, theta, self.anchor_weights)
+        passes = plan(self.protocols)
+        results: dict[str, ProtocolResult] = {}
+        with progress_bar() as progress:
+            task = progress.add_task("evaluating", total=sum(len(one.videos) for one in passes))
+            for one, group in passes.items():
+                progress.update(task, description=f"evaluating, {', '.join(p.name for p in group)}")
+                embeddings = class_embeddings(self.source.clip, self.source.tokenizer, one.classes, one.templates)
+                weights = {"classes": embeddings, **{f"anchor {name}": tensor for name, tensor in anchor.items()}}
+                weights |= {f"theta {name}": tensor for name, tensor in (theta or {}).items()}
+                files = look(
+                    one,
+                    scorers,
+                    embeddings,
+                    self.reading,
+                    folder,
+                    weights=f"{fingerprint(weights)}, edge {self.edge}",
+                    advance=lambda n: progress.advance(task, n),
+                )
+                results |= {protocol.name: result_of(protocol, one, files) for protocol in group}
+        return [results[protocol.name] for protocol in self.protocols]
+
+
+def scorers_of(
+    clip: CLIP, edge: Edge, anchor: Weights, theta: Weights | None, anchor_weights: Sequence[float]
+) -> dict[str, Scorer]:
+    """CLIP* and, where there are fine-tuned weights, the model at every anchor weight, by name."""
+    scorers = {BASELINE: at_weights(VideoEncoder(clip, temporal=False).eval(), anchor)}
+    if theta is None:
+        return scorers
+    temporal = VideoEncoder(clip, edge=edge).eval()
+    device = distributed.device()
+    theta = {name: tensor.to(device) for name, tensor in theta.items()}
+    weights = sorted({0.0, *anchor_weights})
+    return scorers | {f"{w:g}": at_weights(temporal, patch(anchor, theta, anchor_weight=w)) for w in weights}

@@ -1,0 +1,82 @@
+"""What an evaluation found, and the file that holds it. Reading it needs nothing heavy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import cattrs
+
+BASELINE = "CLIP*"
+
+
+@dataclass(frozen=True)
+class ProtocolResult:
+    """Accuracies under one protocol, in [0, 1], of CLIP* and of each anchor weight ("0" is the fine-tuned weights)."""
+
+    protocol: str
+    hash: str
+    closed: bool
+    """Whether its classes are those of training."""
+    videos: int
+    """Different ones, over all parts."""
+    classes: int
+    """Different ones, over all parts."""
+    parts: list[str]
+    top_k: list[int]
+    templates: list[str]
+    sampling: dict[str, Any]
+    unreadable_policy: str
+    unreadable: dict[str, str]
+    """Why videos could not be read, by location."""
+    accuracy: dict[str, dict[str, list[float]]]
+    """By scorer, then by "top-1" and the like: of each part."""
+    per_class: dict[str, dict[str, float]]
+    """By scorer, then by class: top-1 over the videos of the class in all parts."""
+
+    def mean_std(self, scorer: str, k: int = 1) -> tuple[float, float]:
+        """Mean and standard deviation over the parts."""
+        return mean_std(self.accuracy[scorer][f"top-{k}"])
+
+    def text(self, scorer: str, k: int = 1) -> str:
+        """In percent, as the paper prints it: "87.1±2.4", or "79.5" where there is one part."""
+        return percent(*self.mean_std(scorer, k), parts=len(self.parts))
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation of the values themselves (numpy's default, not the estimate for a population)."""
+    return fmean(values), pstdev(values)
+
+
+def percent(mean: float, std: float, *, parts: int) -> str:
+    return f"{100 * mean:.1f}±{100 * std:.1f}" if parts > 1 else f"{100 * mean:.1f}"
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results of one evaluation, as they are in `results.json`."""
+
+    model: str
+    """Name of the image model."""
+    anchor_weight: float
+    """Of the final model."""
+    protocols: dict[str, ProtocolResult]
+    provenance: dict[str, Any]
+    config: dict[str, Any]
+
+
+def write_results(path: Path, results: Results) -> None:
+    from applications.openvclip.runs.files import write_text  # brings torch, which reading can do without
+
+    write_text(path, json.dumps({"metric": "accuracy", **asdict(results)}, indent=2) + "\n")
+
+
+def read_results(path: Path) -> Results:
+    """What `write_results` wrote."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content.pop("metric")
+    return cattrs.Converter(forbid_extra_keys=True).structure(content, Results)
