@@ -18,7 +18,7 @@ from applications.openvclip.data.sampling import Sampling
 def miniature() -> Config:
     """The whole method on the built-in small world of videos, on a laptop's processor.
 
-    python -m applications.openvclip.train miniature
+    openvclip train miniature
     """
     return Config(
         recipe="miniature",
@@ -34,7 +34,7 @@ def miniature() -> Config:
 def vit_b_32() -> Config:
     """The paper's ViT-B/32 on Kinetics-400.
 
-    python -m applications.openvclip.train vit_b_32 --data.train k400/train --evaluation.protocols ucf101/EP2
+    openvclip train vit_b_32 --data.train k400/train --evaluation.protocols ucf101/EP2
     --evaluation.videos ucf101 UCF-101 --evaluation.lists ucf101 zs_label_db
 
     Published (top-1, %): UCF-101 EP1 87.1, EP2 79.5, EP3 79.4; HMDB-51 EP1 62.3, EP2 49.9, EP3 50.6;
@@ -46,7 +46,7 @@ def vit_b_32() -> Config:
 def vit_b_16() -> Config:
     """The paper's ViT-B/16 on Kinetics-400.
 
-    python -m applications.openvclip.train vit_b_16 --data.train k400/train --evaluation.protocols ucf101/EP2
+    openvclip train vit_b_16 --data.train k400/train --evaluation.protocols ucf101/EP2
     --evaluation.videos ucf101 UCF-101 --evaluation.lists ucf101 zs_label_db
 
     Published (top-1, %): UCF-101 EP1 89.9, EP2 83.5, EP3 83.4; HMDB-51 EP1 64.5, EP2 53.2, EP3 53.9;
@@ -58,7 +58,7 @@ def vit_b_16() -> Config:
 def vit_l_14() -> Config:
     """The paper's ViT-L/14 on Kinetics-400.
 
-    python -m applications.openvclip.train vit_l_14 --data.train k400/train --evaluation.protocols ucf101/EP2
+    openvclip train vit_l_14 --data.train k400/train --evaluation.protocols ucf101/EP2
     --evaluation.videos ucf101 UCF-101 --evaluation.lists ucf101 zs_label_db
 
     Published (top-1, %): UCF-101 EP1 93.1, EP2 87.9, EP3 87.6; HMDB-51 EP1 68.5, EP2 58.3, EP3 59.0;

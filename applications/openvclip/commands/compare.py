@@ -1,6 +1,6 @@
 """Put the results of several evaluations in one table; unlike protocols are refused.
 
-openvclip compare runs/a/results.json runs/b/results.json
+$ openvclip compare runs/a/results.json runs/b/results.json
 """
 
 from __future__ import annotations

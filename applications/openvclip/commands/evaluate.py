@@ -1,9 +1,9 @@
 """Evaluate a finished run again, or weights from elsewhere: all protocols and anchor weights, each video decoded once.
 
-openvclip evaluate runs/miniature-… --anchor-weights 0.3 0.5 0.7       # its options: openvclip evaluate RUN --help
-openvclip evaluate --weights swa_2_22.pth --model.name ViT-B-16 --model.pretrained openai
+$ openvclip evaluate runs/miniature-… --anchor-weights 0.3 0.5 0.7       # its options: openvclip evaluate RUN --help
+$ openvclip evaluate --weights swa_2_22.pth --model.name ViT-B-16 --model.pretrained openai
     --protocols ucf101/EP1 ucf101/EP2 ucf101/EP3 --videos ucf101 UCF-101 --lists ucf101 zs_label_db
-torchrun --nproc-per-node 8 -m applications.openvclip.evaluate …       # processes share the videos
+$ torchrun --nproc-per-node 8 -m applications.openvclip.evaluate …       # processes share the videos
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Look at a data set before using it.
 
-openvclip inspect /data/UCF-101
-openvclip inspect lists/ucf101_split1/test.csv --root /data/UCF-101 --write split1.csv
+$ openvclip inspect /data/UCF-101
+$ openvclip inspect lists/ucf101_split1/test.csv --root /data/UCF-101 --write split1.csv
 """
 
 from __future__ import annotations

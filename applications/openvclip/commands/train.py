@@ -1,8 +1,8 @@
 """Train a video CLIP with interpolated weight optimization, and show what it gained and what it kept.
 
-openvclip train                                    # the built-in miniature
-openvclip train miniature --optimization.epochs 3
-openvclip train --help                             # recipes; and miniature --help: every field
+$ openvclip train                                    # the built-in miniature
+$ openvclip train miniature --optimization.epochs 3
+$ openvclip train --help                             # recipes; and miniature --help: every field
 """
 
 from __future__ import annotations
