@@ -15,6 +15,7 @@ import os
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from threading import Event
 from typing import Any, BinaryIO
 
 import fsspec
@@ -149,9 +150,13 @@ class Checkpoint:
                 groups.setdefault((tensor.data_ptr(), tensor.numel()), []).append(name)
         return [tuple(names) for names in groups.values() if len(names) > 1]
 
-    def sha256(self) -> str:
-        """The hash of the file; of a sharded checkpoint, that of the hashes of its index and shards in order."""
-        digests = [_sha256(file) for file in self.files]
+    def sha256(self, stopped: Event | None = None) -> str:
+        """The hash of the file; of a sharded checkpoint, that of the hashes of its index and shards in order.
+
+        Args:
+            stopped: Set it to have this end soon, with a `CheckpointError`.
+        """
+        digests = [_sha256(file, stopped) for file in self.files]
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def _entries(self) -> dict[str, Entry]:
@@ -307,9 +312,11 @@ def _parsed(text: bytes, path: str) -> dict[str, Any]:
     return parsed
 
 
-def _sha256(path: str) -> str:
+def _sha256(path: str, stopped: Event | None) -> str:
     digest, piece = hashlib.sha256(), memoryview(bytearray(1 << 18))  # small enough to stay in the processor's cache
     with opened(path) as file:
         while n := file.readinto(piece):
             digest.update(piece[:n])
+            if stopped and stopped.is_set():
+                raise CheckpointError(f"the hashing of {path} was stopped.")
     return digest.hexdigest()

@@ -7,16 +7,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from threading import Event
 
 from torch import Tensor
 
 from interpolate._names import prefix_before
-from interpolate._unmixable import check_mixable
+from interpolate._operations import Ratio, Recipe, compiled, is_mixed, sides_of, without_extra_state
 from interpolate.checkpoints import Checkpoint, Entry, write
 from interpolate.errors import CheckpointError, WeightMismatchError
-from interpolate.patching import Ratio, Recipe, compiled, is_mixed, sides_of
+from interpolate.patching import matched
 from interpolate.reports import Comparison, Report, TensorReport, same_bits
-from interpolate.weights import check_match
 
 Path = str | os.PathLike[str]
 Progress = Callable[[int, int], object]
@@ -101,8 +101,9 @@ def mix_files(paths: Sequence[Path], recipe: Recipe, output: Path | None, progre
                     pass
             return report
         folder = _folder(output, is_output_folder=mixing.first.is_sharded)
-        pool = stack.enter_context(ThreadPoolExecutor(len(paths)))
-        hashes = [pool.submit(checkpoint.sha256) for checkpoint in checkpoints]
+        pool, stopped = stack.enter_context(ThreadPoolExecutor(len(paths))), Event()
+        stack.callback(stopped.set)  # or leaving early would wait until the last byte is hashed
+        hashes = [pool.submit(checkpoint.sha256, stopped) for checkpoint in checkpoints]
         report.recipe = {**recipe, "inputs": [_seen_from(folder, path) for path in inputs], "sha256": []}
 
         def metadata(final: bool) -> dict[str, str]:
@@ -125,11 +126,10 @@ class _Mixing:
         self.first, *self.others = checkpoints
         sides = sides_of(recipe, len(inputs), inputs)
         self.report = Report(sides, tied=self.first.tied())
+        for path, other in zip(inputs[1:], self.others, strict=True):
+            _take_names(other, path, self.first, self.report)
+        matched([without_extra_state(checkpoint.entries) for checkpoint in checkpoints], sides)
         entries = self.first.entries
-        for side, other in zip(sides[1:], self.others, strict=True):
-            _take_names(other, side, self.first, self.report)
-            check_match(entries, other.entries, sides=(sides[0], side))
-        check_mixable(*(checkpoint.entries for checkpoint in checkpoints))
         self.mixed = [name for name, entry in entries.items() if is_mixed(name, entry.dtype)]
         self.operation = compiled(recipe, self.mixed, len(checkpoints))
         self.whole = recipe["operation"] == "slerp"  # angles are between whole tensors
@@ -246,10 +246,10 @@ def verify(path: Path) -> list[str]:
     return problems
 
 
-def _take_names(other: Checkpoint, side: str, first: Checkpoint, report: Report) -> None:
+def _take_names(other: Checkpoint, path: str, first: Checkpoint, report: Report) -> None:
     """Let a checkpoint have the first one's names if they differ by one prefix, and say so in the report."""
     if prefix := prefix_before(other.entries, first.entries) or prefix_before(first.entries, other.entries):
-        report.prefixes[side] = prefix
+        report.prefixes[path] = prefix
         other.rename(first.entries)
 
 

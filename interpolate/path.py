@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import os
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
 
-from interpolate.patching import Source, patch, uniform_soup
+from interpolate._names import renamed
+from interpolate._operations import checked, is_mixed, summed, without_extra_state
+from interpolate.checkpoints import Checkpoint
+from interpolate.patching import Source, buffer_names, matched, patch, uniform_soup, weights_of
 from interpolate.weights import Weights, applied, check_coefficient, trainable_weights
 
 Evaluate = Callable[[nn.Module], float]
@@ -191,17 +197,21 @@ def _golden_section(value: Callable[[float], float], points: int) -> dict[float,
 def greedy_soup(sources: Sequence[Source], evaluate: Callable[[dict[str, Tensor]], float]) -> tuple[list[int], float]:
     """Which of several sets of weights to average: from the best on, each is kept if the mean gets no worse with it.
 
+    A checkpoint is opened once and read twice, alone and when its turn comes. In memory are then the sum of the chosen
+    ones in float64, the one whose turn it is, and their mean: four times the weights in float32.
+
     Source: Wortsman et al. 2022 (arXiv 2203.05482), recipe 1.
 
     Args:
-        sources: State dicts, modules or checkpoint paths; never more than the chosen ones are in memory.
+        sources: State dicts, modules or checkpoint paths.
         evaluate: The value of a set of weights on held-out data; higher is better.
 
     Returns:
         The indices of the chosen sources, best first, and the value of their mean, which `uniform_soup` makes.
 
     Raises:
-        ValueError: There is no source, or a value is nan.
+        ValueError: There is no source, a value is nan, or a mean is not finite.
+        WeightMismatchError, ValueError: They can't be averaged; found before the first is evaluated.
 
     Example:
         >>> import torch
@@ -211,13 +221,50 @@ def greedy_soup(sources: Sequence[Source], evaluate: Callable[[dict[str, Tensor]
     """
     if not sources:
         raise ValueError("a soup needs at least one source, got none.")
-    alone = [evaluate(uniform_soup([source])) for source in sources]
-    if any(value != value for value in alone):
-        raise ValueError(f"evaluate gave nan for source {[value != value for value in alone].index(True)}.")
-    first, *others = sorted(range(len(sources)), key=lambda i: -alone[i])
-    chosen, best = [first], alone[first]
-    for i in others:
-        value = evaluate(uniform_soup([sources[j] for j in (*chosen, i)]))
-        if value >= best:
-            chosen, best = [*chosen, i], value
+    names = [os.fspath(s) if isinstance(s, (str, os.PathLike)) else f"source {i}" for i, s in enumerate(sources)]
+    with ExitStack() as stack:
+        opened = [stack.enter_context(Checkpoint(s)) if isinstance(s, (str, os.PathLike)) else s for s in sources]
+        matched([without_extra_state(s.entries) if isinstance(s, Checkpoint) else weights_of(s) for s in opened], names)
+        alone = [float(evaluate(uniform_soup([source]))) for source in opened]
+        if any(map(math.isnan, alone)):
+            raise ValueError(f"evaluate gave nan for {names[[*map(math.isnan, alone)].index(True)]}.")
+        first, *others = sorted(range(len(sources)), key=lambda i: -alone[i])
+        chosen, best = [first], alone[first]
+        soup = _GrowingMean(opened[first], buffer_names(opened, weights_of(opened[first])))
+        for i in others:
+            candidate = soup.renamed(opened[i])
+            value = float(evaluate(soup.mean_with(candidate)))
+            if value >= best:
+                soup.add(candidate)
+                chosen, best = [*chosen, i], value
     return chosen, best
+
+
+class _GrowingMean:
+    """What `uniform_soup` gives for sources that come one after the other, without reading again those that it has."""
+
+    def __init__(self, first: Source, kept: Collection[str]) -> None:
+        weights = weights_of(first)
+        self.n = 1
+        self.dtypes = {n: t.dtype for n, t in weights.items() if is_mixed(n, t.dtype) and n not in kept}
+        self.sums = {name: summed([weights[name]]) for name in self.dtypes}
+        self.rest = {name: tensor.detach() for name, tensor in weights.items() if name not in self.dtypes}
+
+    def renamed(self, source: Source) -> Weights:
+        """A source's weights by the names of the first one."""
+        weights = weights_of(source)
+        names = renamed(weights, {**self.sums, **self.rest})
+        return {names[name]: tensor for name, tensor in weights.items()}
+
+    def mean_with(self, weights: Weights) -> dict[str, Tensor]:
+        mean = {name: tensor.clone() for name, tensor in self.rest.items()}
+        for name, dtype in self.dtypes.items():
+            total, tensor = self.sums[name], weights[name]
+            mixed = (summed([total, tensor]) / (self.n + 1)).to(dtype)
+            mean[name] = checked(name, mixed, [(total / self.n).to(dtype), tensor])
+        return mean
+
+    def add(self, weights: Weights) -> None:
+        self.n += 1
+        for name, total in self.sums.items():
+            self.sums[name] = summed([total, weights[name]])

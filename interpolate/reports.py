@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interpolate.patching import Recipe
+from interpolate._operations import Recipe
 from interpolate.weights import mixing_precision
 
 
@@ -43,7 +43,7 @@ class Report:
     tied: list[tuple[str, ...]] = field(default_factory=list)
     """Names that share memory in the first input."""
     prefixes: dict[str, str] = field(default_factory=dict)
-    """What stands before all names of either an input or the first one, and was ignored; by the input."""
+    """What stands before all names of either an input or the first one, and was ignored; by the input's path."""
     unmatched: list[str] = field(default_factory=list)
     """What two checkpoints that were compared do not have in common: names of one of them, other shapes."""
 
@@ -71,7 +71,7 @@ class Report:
             f"{t.name}: {t.not_finite} values are nan or infinite in the inputs" for t in self.tensors if t.not_finite
         ]
         lines += [f"tied: {', '.join(names)}" for names in self.tied]
-        lines += [f"{side} matches apart from {prefix!r} before all names" for side, prefix in self.prefixes.items()]
+        lines += [f"{path} matches apart from {prefix!r} before all names" for path, prefix in self.prefixes.items()]
         lines += self.unmatched
         return "\n".join(lines)
 

@@ -166,5 +166,5 @@ def test_extra_state_of_modules_is_no_weight(extra, tmp_path: Path):
 
 
 def test_what_is_no_tensor_is_refused_by_name():
-    with pytest.raises(ValueError, match="'epoch' is int, not a tensor; give the weights alone"):
+    with pytest.raises(ValueError, match="'epoch' of anchor is int, not a tensor; give the weights alone"):
         patch({"w": torch.zeros(1), "epoch": 3}, {"w": torch.zeros(1)}, anchor_weight=0.5)

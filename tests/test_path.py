@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from random_modules import identical, modules, moved, snapshot
 from torch import nn
 
-from interpolate import choose_anchor_weight, evaluate_path, greedy_soup, patch, uniform_soup
+from interpolate import WeightMismatchError, choose_anchor_weight, evaluate_path, greedy_soup, patch, uniform_soup
+from interpolate.checkpoints import Checkpoint
 from interpolate.path import ChosenWeight, PathValues
 from interpolate.weights import trainable_weights
 
@@ -132,3 +133,41 @@ def test_a_soup_of_nothing_or_of_nan_is_refused():
         greedy_soup([], closeness_to(1.0))
     with pytest.raises(ValueError, match="nan for source 1"):
         greedy_soup([{"w": torch.ones(1)}, {"w": torch.zeros(1)}], lambda w: w["w"].item() or float("nan"))
+
+
+def test_a_soup_of_modules_and_files_is_their_mean(tmp_path: Path):
+    modules = [nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)) for _ in range(3)]
+    for module in modules:
+        module.register_buffer("scale", torch.randn(1))
+    paths = [tmp_path / f"{i}.pt" for i in range(3)]
+    for module, path in zip(modules, paths, strict=True):
+        torch.save(module.state_dict(), path)
+    for sources in (modules, paths):
+        means = []
+        chosen, _ = greedy_soup(sources, lambda weights, means=means: means.append(weights) or float(len(means)))
+        assert chosen == [2, 1, 0]
+        assert identical(means[-1], uniform_soup([sources[i] for i in chosen]))
+
+
+def test_a_soup_opens_every_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    paths = [tmp_path / f"{i}.pt" for i in range(6)]
+    for i, path in enumerate(paths):
+        torch.save({"w": torch.tensor([float(i)])}, path)
+    opened, make = [], Checkpoint.__init__
+    monkeypatch.setattr(Checkpoint, "__init__", lambda self, path: opened.append(path) or make(self, path))
+    assert greedy_soup(paths, closeness_to(2.5)) == ([2, 3], 0.0)
+    assert opened == paths
+
+
+def test_what_can_not_be_averaged_is_found_before_the_first_evaluation():
+    sources = [{"w": torch.ones(1)}, {"v": torch.ones(1)}]
+    with pytest.raises(WeightMismatchError, match="source 1 does not match source 0"):
+        greedy_soup(sources, lambda _: pytest.fail("evaluated"))
+
+
+def test_a_mask_of_infinities_goes_through_a_soup():
+    sources = [{"mask": torch.tensor([0.0, -torch.inf]), "w": torch.tensor([value])} for value in (1.0, 3.0, 5.0)]
+    means = []
+    greedy_soup(sources, lambda weights: means.append(weights) or 0.0)
+    assert means[-1]["mask"].tolist() == [0.0, -torch.inf]
+    assert means[-1]["w"].item() == 3

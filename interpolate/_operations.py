@@ -1,0 +1,138 @@
+"""What is done to the tensors of one name: a recipe and the names, shapes and dtypes of weights become a function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from interpolate.weights import check_coefficient, lerp, listed, mixing_precision
+
+T = TypeVar("T")
+
+Ratio: TypeAlias = "float | Mapping[str, float]"
+"""One weight of the anchor for all, or one for each name pattern (as in `fnmatch`); the first that fits holds."""
+
+Recipe: TypeAlias = "dict[str, Any]"
+"""An operation by name and its arguments, as JSON can keep them: what a file's metadata says of how it was made."""
+
+_EXTRA_STATE = "_extra_state"
+"""Where a module's own state stands in a state dict, which may be a tensor, but no weight (`get_extra_state`)."""
+
+_BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def sides_of(recipe: Recipe, n: int, paths: Sequence[str] = ()) -> list[str]:
+    """What the user calls the n inputs of a recipe: what they are to it, and their paths if they have any."""
+    if recipe["operation"] in ("patch", "slerp"):
+        roles = ["theta", "anchor"]
+    elif recipe["operation"] == "task_arithmetic":
+        roles = ["anchor", *(f"theta {i}" for i in range(n - 1))]
+    else:
+        return list(paths) or [f"source {i}" for i in range(n)]
+    return [f"{role} {path}" for role, path in zip(roles, paths, strict=True)] if paths else roles
+
+
+def without_extra_state(weights: Mapping[str, T]) -> dict[str, T]:
+    """Weights without the state that modules keep by `get_extra_state`, which may be of any kind and shape."""
+    return {name: tensor for name, tensor in weights.items() if not name.endswith(_EXTRA_STATE)}
+
+
+def is_mixed(name: str, dtype: torch.dtype) -> bool:
+    """Whether a tensor of a checkpoint takes part in mixing, as far as name and dtype tell."""
+    return dtype.is_floating_point and name.rpartition(".")[2] not in (*_BATCH_NORM_BUFFERS, _EXTRA_STATE)
+
+
+def compiled(recipe: Recipe, names: Sequence[str], n_sources: int) -> Callable[[str, list[Tensor]], Tensor]:
+    """A recipe as a function of a name and its tensors (of one shape), with all arguments checked.
+
+    Raises:
+        ValueError: The recipe is unknown, or an argument is out of its range.
+    """
+    kind = recipe["operation"]
+    if kind == "patch":
+        ratios = _ratios(recipe["anchor_weight"], names)
+        operation = lambda name, tensors: lerp(tensors[0], tensors[1], ratios[name])  # noqa: E731 # one of four alike
+    elif kind == "slerp":
+        weight = recipe["anchor_weight"]
+        check_coefficient("anchor_weight", weight)
+        operation = lambda _, tensors: _slerp(tensors[0], tensors[1], weight)  # noqa: E731
+    elif kind == "average":
+        operation = lambda _, tensors: (summed(tensors) / len(tensors)).to(tensors[0].dtype)  # noqa: E731
+    elif kind == "task_arithmetic":
+        scales = recipe["scales"]
+        if len(scales) != n_sources - 1 or not all(map(math.isfinite, scales)):
+            raise ValueError(f"scales must be {n_sources - 1} finite numbers, one for each theta, got {scales}.")
+        operation = lambda _, tensors: _sum_of_tasks(tensors, scales)  # noqa: E731
+    else:
+        raise ValueError(f"unknown operation {kind!r} in a recipe.")
+    return lambda name, tensors: checked(name, operation(name, tensors), tensors)
+
+
+def summed(tensors: list[Tensor]) -> Tensor:
+    """In float64: a running mean in float32 hardly moves after some thousand tensors."""
+    total = tensors[0].detach().to(torch.float64, copy=True)
+    for tensor in tensors[1:]:
+        total += tensor.detach().to(total.device, mixing_precision(tensor.dtype))  # float8 is not promoted
+    return total
+
+
+def _sum_of_tasks(tensors: list[Tensor], scales: Sequence[float]) -> Tensor:
+    anchor = tensors[0].detach()
+    total = wide = anchor.to(mixing_precision(anchor.dtype))
+    for theta, scale in zip(tensors[1:], scales, strict=True):
+        total = total + scale * (theta.detach().to(wide) - wide)
+    return total.to(anchor.dtype, copy=True)
+
+
+def _slerp(theta: Tensor, anchor: Tensor, anchor_weight: float) -> Tensor:
+    a, b = theta.detach().double(), anchor.detach().to(theta.device).double()
+    cosine = a.flatten().dot(b.flatten()) / (a.norm() * b.norm())
+    angle = torch.acos(cosine.clamp(-1, 1))
+    if anchor_weight in (0, 1) or not angle.sin() > 1e-6:  # nearly parallel, or a zero vector
+        return lerp(theta, anchor, anchor_weight)
+    mixed = ((1 - anchor_weight) * angle).sin() * a + (anchor_weight * angle).sin() * b
+    return (mixed / angle.sin()).to(theta.dtype)
+
+
+def checked(name: str, mixed: Tensor, tensors: list[Tensor]) -> Tensor:
+    """The mixed tensor, if it is finite; where all tensors are equal, infinite values are theirs and not nan."""
+    wide = mixed.to(mixing_precision(mixed.dtype))  # float8 has no isfinite
+    if wide.sum().isfinite():
+        return mixed
+    first = tensors[0].detach()
+    equal = torch.stack([first == tensor.to(first) for tensor in tensors]).all(0)
+    mixed = torch.where(equal, first, mixed)
+    wrong = int((~(wide.isfinite() | equal)).sum())
+    if wrong:
+        raise ValueError(
+            f"{name} has {wrong} values that are not finite after mixing; look for nan or inf in what is mixed."
+        )
+    return mixed
+
+
+def _ratios(anchor_weight: Ratio, names: Sequence[str]) -> dict[str, float]:
+    """The weight of the anchor for every name."""
+    patterns = anchor_weight if isinstance(anchor_weight, Mapping) else {"*": anchor_weight}
+    ratios: dict[str, float] = {}
+    for pattern, weight in patterns.items():
+        check_coefficient("anchor_weight" if pattern == "*" else f"anchor_weight of {pattern!r}", weight)
+        fitting = [name for name in names if fnmatchcase(name, pattern)]
+        if not fitting and pattern != "*":
+            raise ValueError(
+                f"the pattern {pattern!r} in anchor_weight fits none of {len(names)} weights, e.g. {listed(names)}."
+            )
+        if ratios.keys() >= {*fitting} and pattern != "*":  # that there is no rest does no harm
+            raise ValueError(
+                f"the pattern {pattern!r} in anchor_weight decides nothing: what it fits ({listed(fitting)}) is "
+                "decided by patterns before it. The first that fits holds: put the narrower one first."
+            )
+        ratios = dict.fromkeys(fitting, weight) | ratios
+    without = [name for name in names if name not in ratios]
+    if without:
+        raise ValueError(f"no pattern in anchor_weight fits {listed(without)}; end with '*' for all the rest.")
+    return ratios
