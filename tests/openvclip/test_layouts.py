@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from applications.openvclip.commands import inspect
-from applications.openvclip.data.layouts import hmdb_lists, read_dataset, tidy
-from applications.openvclip.data.manifest import read_manifest
+from applications.openvclip.data.class_names import tidy
+from applications.openvclip.data.layouts import hmdb_lists, read_dataset
+from applications.openvclip.data.manifest import Manifest, read_manifest
 from tests.openvclip.files import ramp, write_manifest, write_video
 
 
@@ -99,10 +100,9 @@ def test_release_lists_find_their_names_beside_or_above(tmp_path: Path) -> None:
     (tmp_path / "hmdb_full" / "k-index2cls.json").write_text('{"0": "clapping"}')
     with pytest.raises(ValueError, match=r"wave/a, b\.avi has the number '1', which is not in .*k-index2cls"):
         read_dataset(source)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "test.csv").write_text("a.avi,0\n")
-    with pytest.raises(FileNotFoundError, match=r"0 files .*index2cls\.json beside or above it fit its name"):
-        read_dataset(str(tmp_path / "other" / "test.csv"))
+    (tmp_path / "hmdb_full" / "k2-index2cls.json").write_text('{"0": "clapping"}')
+    with pytest.raises(ValueError, match=r"may be named by any of .*k-index2cls\.json, .*k2-index2cls\.json"):
+        read_dataset(source)
 
 
 def test_json_lines_and_csv_say_the_same(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_json_lines_and_csv_say_the_same(tmp_path: Path) -> None:
     assert read_dataset(str(tmp_path / "m.jsonl")) == read_dataset(str(tmp_path / "m.csv"))
     assert read_dataset(str(tmp_path / "m.csv")).location(1) == "/c.mp4"
     (tmp_path / "bad.jsonl").write_text('{"path": "a.mp4"}\n')
-    with pytest.raises(ValueError, match=r"every row needs the columns path and label, got \['path'\]"):
+    with pytest.raises(ValueError, match=r'line 1: an object with path and label is expected, got \{"path"'):
         read_dataset(str(tmp_path / "bad.jsonl"))
 
 
@@ -125,9 +125,150 @@ def test_names_may_be_given_by_class_or_by_number(tmp_path: Path) -> None:
     (tmp_path / "names.json").write_text('{"YoYo": "yo-yo"}')
     with pytest.raises(ValueError, match="1 of 2 classes have no name in the file: 'Tai Chi'"):
         read_dataset(str(tmp_path / "tree"), names=str(tmp_path / "names.json"))
-    (tmp_path / "names.json").write_text('["yo-yo"]')
+    (tmp_path / "names.json").write_text("[1, 2]")
     with pytest.raises(ValueError, match="an object from class or number to name is expected"):
         read_dataset(str(tmp_path / "tree"), names=str(tmp_path / "names.json"))
+
+
+# lists as other people's tools write them
+
+
+def listed(tmp_path: Path, text: str | bytes, name: str = "list.txt", **more: str) -> Manifest:
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_dataset(str(tmp_path / name), **more)
+
+
+TWO = [("archery/a b.mp4", "archery"), ("surfing/c, d.MP4", "surfing")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "archery/a b.mp4 0\nsurfing/c, d.MP4 1\n",  # mmaction2, VideoMAE, SlowFast
+        "archery/a b.mp4,0\nsurfing/c, d.MP4,1\n",  # SlowFast with another separator, the Open-VCLIP release
+        "archery/a b.mp4\t0\r\nsurfing/c, d.MP4\t1\r\n",
+        "archery/a b.mp4;0\rsurfing/c, d.MP4;1",
+        'archery/a b.mp4,0\n"surfing/c, d.MP4",1\n',  # csv quotes what holds a comma
+        "\ufeffarchery/a b.mp4 archery\n\nsurfing/c, d.MP4 surfing\n",
+        "archery/a b.mp4\nsurfing/c, d.MP4\n",  # UCF-101's test lists
+        "path;label\narchery/a b.mp4;archery\nsurfing/c, d.MP4;surfing\n",
+        "\ufeffid\tLabel\tPath\r\n1\tarchery\tarchery/a b.mp4\r\n2\tsurfing\tsurfing/c, d.MP4\r\n",
+        'path,label\narchery/a b.mp4,archery\n"surfing/c, d.MP4",surfing\n',
+        "archery/a b.mp4 0\nsurfing/c, d.MP4 1\n".encode("utf-16"),  # what Notepad calls Unicode
+    ],
+)
+def test_a_list_is_read_whatever_parts_its_columns(tmp_path: Path, text: str | bytes) -> None:
+    manifest = listed(tmp_path, text, "list.csv", root="/videos")
+    assert rows(manifest) == TWO
+    assert manifest.location(1) == "/videos/surfing/c, d.MP4"
+
+
+def test_the_number_of_a_video_decides_its_class_not_its_folder(tmp_path: Path) -> None:
+    """mmaction2's lists of Kinetics in flat folders: the class is the number, and the folder is the set."""
+    text = "train/a.mp4 10\ntrain/b.mp4 2\nval/c.mp4 10\n"
+    with pytest.raises(ValueError, match=r"labels are numbers \(2, as 10 of train/a.mp4\).*folders \(2, as 'train'\)"):
+        listed(tmp_path, text)
+    (tmp_path / "label_map.txt").write_text("\n".join(f"class {i}" for i in range(11)))
+    manifest = listed(tmp_path, text, names=str(tmp_path / "label_map.txt"))
+    assert rows(manifest) == [("train/a.mp4", "class 10"), ("train/b.mp4", "class 2"), ("val/c.mp4", "class 10")]
+    assert manifest.classes[2] == "class 2"  # by their value, not as text
+    assert len(manifest.classes) == 11  # also those that have no video here
+
+
+def test_numbered_folders_are_in_the_order_of_the_numbers(tmp_path: Path) -> None:
+    text = "".join(f"{folder}/x.mp4 {number}\n" for folder, number in (("b_b", 10), ("a", 2), ("TaiChi", 1)))
+    assert listed(tmp_path, text).classes == ("Tai Chi", "a", "b b")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("names.json", '{"1": "one", "2": "two", "10": "ten"}'),
+        ("names.json", '{"10": "ten", "2": "two", "1": "one"}'),
+        ("classids.json", '{"\\"ten\\"": 10, "one": 1, "two": 2}'),  # SlowFast's, with quotation marks in the names
+        ("classInd.txt", "1 one\r\n2 two\r\n10 ten\r\n"),
+        ("labels.csv", "id,name\n1,one\n2,two\n10,ten\n"),
+    ],
+)
+def test_names_of_numbers_are_given_in_any_of_the_usual_files(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / "names").mkdir()
+    (tmp_path / "names" / name).write_text(content)
+    manifest = listed(tmp_path, "a.mp4,10\nb.mp4,2\n", "list.csv", names=str(tmp_path / "names" / name))
+    assert manifest.classes == ("one", "two", "ten")
+    assert [label for _, label in rows(manifest)] == ["ten", "two"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "a/x.mp4 163 1\n",
+            r"line 1: after a/x\.mp4 stand several numbers, '163 1': .*or all may be labels",
+        ),
+        ("a/x.mp4 0 -1\n", r"line 1: after a/x\.mp4 stand several numbers, '0 -1'"),
+        ("some/directory-1 163 1\n", r"line 1: 'some/directory-1 163 1' is not understood.*folders of frames"),
+        ("a/x.mp4 0\nb/y.mp4\n", r"line 2: b/y\.mp4 has no label, others have one"),
+        ("path,label\na.mp4,x\nb.mp4,\n", r"line 3: 'b\.mp4' has no label"),
+        ("path,label\na.mp4,x\nb, c.mp4,y\n", r"line 3: 3 fields, and 2 columns: 'b, c\.mp4,y'.*quotation marks"),
+        ("a/x.mp4 0\nb/y.mp4 wave\n", r"label in line 1 is a number, 0, and in line 2 a name, 'wave'"),
+        ("a/x.mp4 0\nb/y.mp4 1\n./a/x.mp4 1\n", r"\./a/x\.mp4 is '0' in line 1 and '1' in line 3; a video has one"),
+        ("x.mp4\n", r"line 1: 'x\.mp4' has no label and no folder that names its class"),
+        (b"a/x.mp4 0\ncaf\xe9/y.mp4 1\n", r"line 2: byte 0xe9 is not utf-8\. Save the file as UTF-8"),
+        ("", r"there is no video in it"),
+    ],
+)
+def test_what_can_be_read_in_two_ways_or_none_is_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        listed(tmp_path, text)
+
+
+def test_rows_that_repeat_another_count_once_and_are_reported(tmp_path: Path) -> None:
+    manifest = listed(tmp_path, "a/x.mp4 0\nb/y.mp4 1\na/x.mp4 0\na//x.mp4 0\n")
+    assert rows(manifest) == [("a/x.mp4", "a"), ("b/y.mp4", "b")]
+    assert "2 of 4 rows repeat another and are left out" in manifest.reading
+
+
+def test_folders_and_a_table_of_the_same_videos_are_the_same_set(tmp_path: Path) -> None:
+    touch(tmp_path / "tree", "kin_a/x.mp4", "TaiChi/y.mp4")
+    folders = read_dataset(str(tmp_path / "tree"))
+    table = listed(
+        tmp_path, "path,label\nkin_a/x.mp4,kin_a\nTaiChi/y.mp4,TaiChi\n", "t.csv", root=str(tmp_path / "tree")
+    )
+    assert sorted(rows(table)) == sorted(rows(folders))
+    assert table.classes == folders.classes == ("kin a", "Tai Chi")
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "names.json").write_text('{"0": "sit", "1": "sit"}')
+    with pytest.raises(ValueError, match="two classes have the same name, 'sit'"):
+        listed(tmp_path, "a.mp4 0\nb.mp4 1\n", names=str(tmp_path / "names.json"))
+
+
+# folders
+
+
+def test_linked_folders_and_odd_names_are_read(tmp_path: Path) -> None:
+    tree = touch(tmp_path / "tree", "a#b/12:30:00.mp4", "a#b/x::y.mp4", "100%/~z.MP4", "über/é.mp4")
+    touch(tmp_path / "elsewhere", "v.mp4", "deeper.txt")
+    (tree / "linked").symlink_to(tmp_path / "elsewhere")
+    (tree / "linked" / "loop").symlink_to(tree / "linked")
+    (tree / "100%" / "gone.mp4").symlink_to(tmp_path / "nothing")  # kept: it counts as a video that can't be read
+    manifest = read_dataset(str(tree))
+    assert set(manifest.paths) == {
+        "a#b/12:30:00.mp4", "a#b/x::y.mp4", "100%/~z.MP4", "100%/gone.mp4", "über/é.mp4", "linked/v.mp4"
+    }  # fmt: skip
+    assert set(manifest.classes) == {"a#b", "100%", "über", "linked"}
+
+
+def test_folders_that_may_be_groups_or_classes_are_refused(tmp_path: Path) -> None:
+    grouped = touch(tmp_path / "grouped", "Archery/g01/a.avi", "Archery/g02/b.avi", "Diving/g01/c.avi")
+    with pytest.raises(ValueError, match=r"Archery/g01/a\.avi may be of class 'g01', its own folder, or of 'Archery'"):
+        read_dataset(str(grouped))
+    mixed = touch(tmp_path / "mixed", "Archery/a.avi", "Diving/g01/c.avi")
+    with pytest.raises(ValueError, match=r"Diving/g01/c\.avi may be of class 'g01', its own folder, or of 'Diving'"):
+        read_dataset(str(mixed))
+    sets = touch(tmp_path / "sets", "train/Archery/a.avi", "val/Archery/b.avi", "val/Diving/c.avi")
+    assert read_dataset(str(sets)).classes == ("Archery", "Diving")
 
 
 @pytest.mark.parametrize(
@@ -185,6 +326,9 @@ def test_inspect_counts_and_writes_a_manifest(tmp_path: Path, capsys: pytest.Cap
     touch(root, "Archery/empty.mp4")
     inspect.main([str(root), "--write", str(tmp_path / "m.csv"), "--workers", "1"])
     out = capsys.readouterr().out
+    assert "read as: folders named after their classes" in out
+    assert "classes: Apply Lipstick, Archery" in out
+    assert "  ApplyLipstick/a.mp4: Apply Lipstick" in out
     assert "tree: 3 videos of 2 classes" in out
     assert "videos of a class: 1 to 2, median 1.5" in out
     assert "unreadable: 1" in out

@@ -2,7 +2,11 @@
 
 import functools
 import http.server
+import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,7 +61,7 @@ def test_a_remote_video_is_fetched_once(server: tuple[str, list[str]], tmp_path:
         with opened(f"{address}/Archery/c.mp4", cache) as video:
             assert len(video) == 8
     assert requests.count("/Archery/c.mp4") == 1
-    assert not list((tmp_path / "cache").glob(".*"))
+    assert not list((tmp_path / "cache").glob(".use-*"))
 
 
 def test_the_cache_keeps_to_its_size_and_loses_the_longest_unused(
@@ -70,7 +74,7 @@ def test_the_cache_keeps_to_its_size_and_loses_the_longest_unused(
     for path in [*paths, "/ApplyLipstick/a.mp4", "/ApplyLipstick/b.mp4"]:
         with cache.local(address + path) as local:
             assert local.read_bytes() == (tree / path[1:]).read_bytes()
-        assert sum(file.stat().st_size for file in (tmp_path / "cache").iterdir()) <= 2.5 * size
+        assert sum(file.stat().st_size for file in (tmp_path / "cache").glob("[!.]*")) <= 2.5 * size
     assert requests.count("/ApplyLipstick/a.mp4") == 1
     assert requests.count("/ApplyLipstick/b.mp4") == 2
 
@@ -80,6 +84,65 @@ def test_a_file_in_use_survives_its_eviction(server: tuple[str, list[str]], tmp_
     cache = Cache(tmp_path / "cache", max_bytes=1)
     with cache.local(f"{address}/Archery/c.mp4") as first, cache.local(f"{address}/ApplyLipstick/a.mp4"):
         assert first.read_bytes()
+
+
+def test_a_cache_is_not_walked_at_each_fetch(
+    server: tuple[str, list[str]], tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walks = []
+    evict = Cache._evict
+    monkeypatch.setattr(Cache, "_evict", lambda cache, n: walks.append(n) or evict(cache, n))
+    size = (tree / "Archery" / "c.mp4").stat().st_size
+    cache = Cache(tmp_path / "cache", max_bytes=5 * size)
+    for i in range(20):
+        write_video(tree / f"{i}.mp4", ramp(8))
+        with Cache(cache.folder, cache.max_bytes).local(f"{server[0]}/{i}.mp4"):  # also of another process
+            pass
+        kept = [file.stat().st_size for file in cache.folder.glob("[!.]*")]
+        assert sum(kept) <= cache.max_bytes
+        assert sum(kept) <= int((cache.folder / ".total").read_text()) <= cache.max_bytes
+        if i == 3:
+            assert len(walks) == 1  # the first fetch counts what is there
+    assert len(kept) >= 4
+
+
+def test_what_killed_processes_left_in_the_cache_is_removed(server: tuple[str, list[str]], tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache")
+    for name, age in ((".use-old", 2 * 24 * 3600), (".use-new", 60)):
+        (cache.folder / name).mkdir(parents=True)
+        (cache.folder / name / "video.mp4").write_bytes(b"left over")
+        os.utime(cache.folder / name, (time.time() - age,) * 2)
+    with cache.local(f"{server[0]}/Archery/c.mp4"):
+        pass
+    assert [path.name for path in cache.folder.glob(".use-*")] == [".use-new"]
+
+
+def test_a_cache_that_cannot_be_written_costs_the_video_and_not_the_run(
+    server: tuple[str, list[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("no folder")
+    location = f"{server[0]}/Archery/c.mp4"
+    with pytest.raises(VideoReadError, match=rf"{location}: could not be kept in .*cache\. .*File exists"):
+        opened(location, Cache(tmp_path / "cache")).__enter__()
+    with pytest.raises(ZeroDivisionError), Cache(tmp_path / "other").local(location):
+        raise ZeroDivisionError  # what goes wrong while the file is used is no fault of the cache
+    with pytest.raises(OSError, match="mine"), Cache(tmp_path / "other").local(location):
+        raise OSError("mine")
+
+
+def test_a_full_disk_costs_the_video_and_not_the_run(server: tuple[str, list[str]], tmp_path: Path) -> None:
+    """Files of a process are limited to 100 bytes: the kernel refuses the rest, as on a full disk."""
+    code = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from applications.openvclip.data.storage import Cache, FetchError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "try: Cache(Path(sys.argv[1])).local(sys.argv[2]).__enter__()\n"
+        "except FetchError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "cache"), f"{server[0]}/Archery/c.mp4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert "c.mp4: could not be fetched. OSError: [Errno 27] File too large" in done.stdout, done.stderr
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_remote_file_that_is_missing_is_named_by_its_url(server: tuple[str, list[str]], tmp_path: Path) -> None:
@@ -152,6 +215,16 @@ def test_paths_are_joined_unless_they_are_whole() -> None:
     assert storage.join("s3://a/", "b/c.mp4") == "s3://a/b/c.mp4"
     assert storage.join("a", "/b/c.mp4") == "/b/c.mp4"
     assert storage.join("a", "s3://b/c.mp4") == "s3://b/c.mp4"
+
+
+@pytest.mark.parametrize("name", ["12:30:00.mp4", "a::b.mp4", "~x.mp4", "a#b.mp4", "50%.mp4", "x?y=1.mp4", "a://b.mp4"])
+def test_names_of_local_files_are_not_read_as_urls(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_video(tmp_path / "videos" / name, ramp(8))
+    monkeypatch.chdir(tmp_path)
+    assert storage.exists(f"videos/{name}")
+    assert storage.list_files("videos") == ([name] if "/" not in name else ["a:/b.mp4"])
+    with opened(storage.join("videos", name) if "/" not in name else f"videos/{name}", Cache()) as video:
+        assert len(video) == 8
 
 
 def test_a_url_of_an_unknown_kind_is_named() -> None:

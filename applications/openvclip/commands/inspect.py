@@ -44,6 +44,8 @@ def inspect(
 
     console = Console()
     manifest = build.data_set(source, root, names)
+    for line in manifest.lines():
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     with progress_bar(console) as progress:
         task = progress.add_task("opening videos", total=len(manifest))
         found = inspection.inspect(

@@ -4,116 +4,179 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
-from collections.abc import Collection, Mapping
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import PurePosixPath
 
-from applications.openvclip.data import storage
-from applications.openvclip.data.manifest import Manifest, manifest_of, read_manifest
+from applications.openvclip.data import class_names, lists, storage
+from applications.openvclip.data.class_names import tidy
+from applications.openvclip.data.lists import VIDEO_SUFFIXES, Row
+from applications.openvclip.data.manifest import Manifest, manifest_of
 
-VIDEO_SUFFIXES = frozenset(
-    (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv")
-)
-
-_PUBLISHED_NAMES = {"YoYo": "Yoyo"}
-"""Where the published class names don't follow the rule."""
-
-
-def tidy(name: str) -> str:
-    """A class name as one would write it in a sentence: words apart, nothing else changed.
-
-    Example:
-        >>> tidy("ApplyEyeMakeup"), tidy("brush_hair"), tidy("playing guitar")
-        ('Apply Eye Makeup', 'brush hair', 'playing guitar')
-        >>> tidy("TaiChi"), tidy("YoYo"), tidy("playing_TV_games")
-        ('Tai Chi', 'Yoyo', 'playing TV games')
-    """
-    return _PUBLISHED_NAMES.get(name) or " ".join(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name.replace("_", " ")).split())
+_SETS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
+"""Folders of these names part a data set into sets and are no classes."""
 
 
 def read_dataset(source: str, root: str | None = None, names: str | None = None, name: str | None = None) -> Manifest:
-    """Read a data set in whichever of the known layouts it is.
+    """Read a data set in whichever of the known layouts it is; `Manifest.reading` says which.
 
     ======================================== =================================================================
     `source`                                 layout
     ======================================== =================================================================
     a folder of folders of videos            `class_folders`: UCF-101, HMDB-51, Kinetics' train/class name
     a folder of ``*_test_split1.txt``        `hmdb_lists`, its test videos; splits 2 and 3 by that function
-    ``trainlist01.txt``, ``testlist01.txt``  `ucf_list`
-    CSV with a column ``youtube_id``         `kinetics_csv`
-    CSV of ``path,number`` without a header  `release_csv`: the lists of the Open-VCLIP release
-    CSV or JSONL with ``path`` and ``label`` `applications.openvclip.data.manifest.read_manifest`
+    a table with a column ``youtube_id``     `kinetics_csv`
+    any other list                           `read_list`: UCF-101, mmaction2, SlowFast, VideoMAE, the Open-VCLIP
+                                             release, tables with the columns ``path`` and ``label``, JSON lines
     ======================================== =================================================================
 
     Args:
         source: Folder or list, a path or URL.
         root: Where the videos are that a list names; by default the list's folder.
-        names: A file of class names to use instead (`read_names`).
+        names: A file of class names to use instead (`applications.openvclip.data.class_names.read_names`).
         name: Name of the set in results; by default that of the folder.
 
     Raises:
         FileNotFoundError: There is nothing there.
-        ValueError: It is none of these, or something in it is wrong; the message says what.
+        ValueError: It is none of these, something in it is wrong, or it can be read in two ways; the message says what.
     """
     if not storage.exists(source):
         raise FileNotFoundError(f"{source}: no such file or folder.")
-    manifest = _read(source, root or storage.parent(source))
-    if name:
-        manifest = Manifest(name, manifest.root, manifest.paths, manifest.labels, manifest.classes)
-    return renamed(manifest, read_names(names)) if names else manifest
+    manifest = _read(source, root or storage.parent(source), names)
+    return replace(manifest, name=name) if name else manifest
 
 
-def _read(source: str, root: str) -> Manifest:
-    if PurePosixPath(source).suffix == ".jsonl":
-        return read_manifest(source)
-    if PurePosixPath(source).suffix == ".txt":
-        return ucf_list(source, root)
-    if PurePosixPath(source).suffix == ".csv":
-        first = storage.read_text(source).partition("\n")[0].strip()
-        if "youtube_id" in first:
-            return kinetics_csv(source, root)
-        if re.fullmatch(r".+,\d+", first):
-            return release_csv(source, root)
-        return read_manifest(source)
-    if any(re.fullmatch(r".+_test_split1\.txt", file) for file in storage.list_files(source)):
-        return hmdb_lists(source, root, split=1, kinds=(2,))
-    return class_folders(source)
+def _read(source: str, root: str, names: str | None) -> Manifest:
+    if not storage.is_folder(source):
+        if PurePosixPath(source).suffix.lower() in VIDEO_SUFFIXES:
+            raise ValueError(f"{source} is a video; a folder of class folders or a list of videos is expected.")
+        if "youtube_id" not in lists.columns(storage.read_text(source)):
+            return read_list(source, root, names)
+        manifest = kinetics_csv(source, root)
+    elif any(re.fullmatch(r".+_test_split1\.txt", file) for file in storage.list_files(source)):
+        manifest = hmdb_lists(source, root, split=1, kinds=(2,))
+    else:
+        manifest = class_folders(source)
+    return class_names.renamed(manifest, class_names.read_names(names)) if names else manifest
 
 
 def class_folders(root: str) -> Manifest:
-    """Videos in folders named after their classes, at any depth: `ApplyEyeMakeup/v_….avi`, `train/class name/….mp4`."""
-    rows = []
+    """Videos in folders named after their classes: `ApplyEyeMakeup/v_….avi`, `train/class name/….mp4`.
+
+    Raises:
+        ValueError: A video lies in no folder, or in several, any of which could be its class.
+    """
+    rows, above = [], set()
     for path in storage.list_files(root):
         if PurePosixPath(path).suffix.lower() in VIDEO_SUFFIXES:
-            folder = PurePosixPath(path).parent.name
-            if not folder:
-                raise ValueError(f"{root}: {path} lies in no folder that names its class.")
-            rows.append((path, folder))
-    return _tidied(root, root, rows)
+            *outer, _ = path.split("/")
+            if not outer:
+                raise ValueError(
+                    f"{root}: {path} lies in no folder that names its class. Put the videos of each class into a "
+                    "folder of its name, or give a list, a line `path,class` for each video."
+                )
+            above.add("/".join(outer[:-1]))
+            rows.append((path, outer[-1]))
+    if len(above) > 1 and not all(PurePosixPath(folder).name.lower() in _SETS for folder in above):
+        path = next(path for path, _ in rows if path.count("/") > 1)
+        outer, folder, _ = path.split("/")[-3:]
+        raise ValueError(
+            f"{root}: {path} may be of class {folder!r}, its own folder, or of {outer!r}, the one above. "
+            "Give the folder that holds the class folders and nothing else, or a list of path and class."
+        )
+    return _tidied(root, root, rows, "folders named after their classes")
 
 
-def ucf_list(source: str, root: str) -> Manifest:
-    """UCF-101's official lists: `ApplyEyeMakeup/v_….avi`, in training lists with the class's number after it.
+def read_list(source: str, root: str, names: str | None = None) -> Manifest:
+    """A list of videos, as `applications.openvclip.data.lists.read_rows` reads it. What a label is, in this order:
 
-    A `classInd.txt` beside the list says which numbers are right, and they are checked against the folders.
+    - a name: the class;
+    - nothing: the class is the folder's name, as in UCF-101's test lists;
+    - a number that `names`, the file beside the list (`classInd.txt`, `*index2cls.json`) or the one above it whose name
+      the list's folder begins with (`hmdb_full/test.csv` and `hmdb-index2cls.json`) gives a name;
+    - a number where every number has one folder and every folder one number: the folder's name.
+
+    All other lists of numbers are refused: a class without a name can't be put into a sentence.
+
+    Args:
+        source: The list.
+        root: Folder of the videos.
+        names: File of names for the numbers, or of names to use instead of the classes.
+
+    Raises:
+        ValueError: As above, or a number has no name; the message names the line.
     """
-    index = storage.join(storage.parent(source), "classInd.txt")
-    numbers = {}
-    if storage.exists(index):
-        numbers = dict(line.split() for line in storage.read_text(index).splitlines() if line.strip())
-    rows = []
-    for line in storage.read_text(source).splitlines():
-        path, _, number = line.strip().partition(" ")
-        if not path:
-            continue
-        label = PurePosixPath(path).parent.name
-        if not label:
-            raise ValueError(f"{source}: {path!r} has no folder that names its class.")
-        if number and numbers and numbers.get(number) != label:
-            raise ValueError(f"{source}: {path} has the number {number}, which is {numbers.get(number)} in {index}.")
-        rows.append((path, label))
-    return _tidied(source, root, rows)
+    rows, understood = lists.read_rows(source)
+    numbers = [row for row in rows if row.label and lists.is_number(row.label)]
+    given = class_names.read_names(names) if names else {}
+    if not numbers:
+        if any(row.label for row in rows):
+            manifest = _tidied(source, root, [(row.path, row.label or "") for row in rows], understood)
+        else:
+            videos = [(row.path, _folder_of(row, source)) for row in rows]
+            manifest = _tidied(source, root, videos, f"{understood}, classes are the names of their folders")
+    elif len(numbers) < len(rows):
+        other = next(row for row in rows if not lists.is_number(row.label or ""))
+        raise ValueError(
+            f"{source}: the label in line {numbers[0].line} is a number, {numbers[0].label}, "
+            f"and in line {other.line} a name, {other.label!r}."
+        )
+    elif given and all(map(lists.is_number, given)):
+        return _numbered(source, root, rows, names or "", given, understood)
+    elif beside := class_names.beside(source):
+        manifest = _numbered(source, root, rows, beside, class_names.read_names(beside), understood)
+    else:
+        manifest = _numbered(source, root, rows, "", _folders_of_numbers(rows, source), understood)
+    return class_names.renamed(manifest, given) if given else manifest
+
+
+def _folder(path: str) -> str:
+    return path.rpartition("/")[0].rpartition("/")[2]  # PurePosixPath would take most of the time for a long list
+
+
+def _folder_of(row: Row, source: str) -> str:
+    folder = _folder(row.path)
+    if not folder:
+        raise ValueError(f"{source}, line {row.line}: {row.path!r} has no label and no folder that names its class.")
+    return folder
+
+
+def _folders_of_numbers(rows: list[Row], source: str) -> dict[str, str]:
+    folders, numbers = defaultdict(set), defaultdict(set)
+    for row in rows:
+        folder = _folder(row.path)
+        folders[int(row.label or 0)].add(folder)
+        numbers[folder].add(row.label)
+    one_to_one = all(len(values) == 1 for values in (*folders.values(), *numbers.values()))
+    if not one_to_one or len(folders) < 2 or "" in numbers:
+        raise ValueError(
+            f"{source}: labels are numbers ({len(folders)}, as {rows[0].label} of {rows[0].path}) and have no names. "
+            f"The classes may be the numbers, or the folders ({len(numbers)}, as {next(iter(numbers))!r}); the two do "
+            "not go together. Name the numbers: --names FILE, or a classInd.txt or *index2cls.json beside the list."
+        )
+    return {str(number): tidy(folder) for number in sorted(folders) for folder in folders[number]}
+
+
+def _numbered(
+    source: str, root: str, rows: list[Row], names_source: str, names: dict[str, str], understood: str
+) -> Manifest:
+    official = PurePosixPath(names_source).name == "classInd.txt"
+    videos = []
+    for row in rows:
+        number = str(int(row.label or 0))
+        if number not in names:
+            raise ValueError(f"{source}: {row.path} has the number {row.label!r}, which is not in {names_source}.")
+        folder = _folder(row.path)
+        if official and folder and tidy(folder) != tidy(names[number]):
+            raise ValueError(
+                f"{source}: {row.path} has the number {number}, which is {names[number]} in {names_source}."
+            )
+        videos.append((row.path, tidy(names[number]) if official else names[number]))
+    classes = [tidy(names[number]) if official else names[number] for number in sorted(names, key=int)]
+    understood = f"{understood}, a number, which {names_source or 'the folder'} names"
+    return manifest_of(_folder_name(source), root, videos, classes, source, understood)
 
 
 def hmdb_lists(folder: str, root: str, *, split: int, kinds: Collection[int]) -> Manifest:
@@ -126,18 +189,20 @@ def hmdb_lists(folder: str, root: str, *, split: int, kinds: Collection[int]) ->
         kinds: Which videos: 0 is unused in this split, 1 training, 2 test.
     """
     ending = f"_test_split{split}.txt"
-    lists = [file for file in storage.list_files(folder) if file.endswith(ending)]
-    if not lists:
+    files = [file for file in storage.list_files(folder) if file.endswith(ending)]
+    if not files:
         raise FileNotFoundError(f"{folder}: there is no list *{ending} in it.")
     rows = []
-    for file in lists:
+    for file in files:
         label = PurePosixPath(file).name.removesuffix(ending)
-        for line in storage.read_text(storage.join(folder, file)).splitlines():
+        for line in storage.read_text(storage.join(folder, file)).split("\n"):
             if line.strip():
-                video, kind = line.split()
+                video, _, kind = line.strip().rpartition(" ")
+                if kind not in ("0", "1", "2") or not video:
+                    raise ValueError(f"{folder}/{file}: {line!r} is no line `video 0`, `video 1` or `video 2`.")
                 if int(kind) in kinds:
-                    rows.append((f"{label}/{video}", label))
-    return _tidied(folder, root, rows)
+                    rows.append((f"{label}/{video.strip()}", label))
+    return _tidied(folder, root, rows, f"HMDB-51's official lists, split {split}, kinds {sorted(kinds)}")
 
 
 def kinetics_csv(source: str, root: str) -> Manifest:
@@ -150,83 +215,28 @@ def kinetics_csv(source: str, root: str) -> Manifest:
     for path in storage.list_files(root):
         if PurePosixPath(path).suffix.lower() in VIDEO_SUFFIXES:
             found[PurePosixPath(path).stem] = path
-    rows = []
-    for row in csv.DictReader(io.StringIO(storage.read_text(source), newline="")):
-        clip = f"{row['youtube_id']}_{float(row['time_start']):06.0f}_{float(row['time_end']):06.0f}"
-        absent = f"{row['label']}/{clip}.mp4"
-        rows.append((found.get(clip) or found.get(row["youtube_id"]) or absent, row["label"]))
-    return _tidied(source, root, rows)
+    rows, absent = [], 0
+    for number, row in enumerate(csv.DictReader(io.StringIO(storage.read_text(source), newline="")), 2):
+        try:
+            clip = f"{row['youtube_id']}_{float(row['time_start']):06.0f}_{float(row['time_end']):06.0f}"
+            label = row["label"].strip()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{source}, line {number}: label, youtube_id, time_start and time_end are expected, got {row}."
+            ) from error
+        path = found.get(clip) or found.get(row["youtube_id"])
+        absent += path is None
+        rows.append((path or f"{label}/{clip}.mp4", label))
+    return _tidied(source, root, rows, f"Kinetics' annotations, {absent} of their {len(rows)} videos not in {root}")
 
 
-def release_csv(source: str, root: str, names: str | None = None) -> Manifest:
-    """A list of the Open-VCLIP release: `path,number`, and an `…index2cls.json` that names the numbers.
-
-    Args:
-        source: The list.
-        root: Folder of the videos.
-        names: The names; by default the one `*index2cls.json` beside the list, or the one above it whose name the
-            list's folder begins with (`hmdb_full/test.csv` and `hmdb-index2cls.json`).
-    """
-    names = names or _index2cls(source)
-    classes = read_names(names)
-    rows = []
-    for line in storage.read_text(source).splitlines():
-        path, _, number = line.rpartition(",")
-        if line.strip():
-            if number not in classes:
-                raise ValueError(f"{source}: {path} has the number {number!r}, which is not in {names}.")
-            rows.append((path, classes[number]))
-    return manifest_of(_folder_name(source), root, rows, list(classes.values()), source)
-
-
-def _index2cls(source: str) -> str:
-    folder = storage.parent(source)
-    beside = [file for file in storage.list_files(folder) if re.fullmatch(r"[^/]*index2cls\.json", file)]
-    if len(beside) == 1:
-        return storage.join(folder, beside[0])
-    parent, own = storage.parent(folder), PurePosixPath(folder).name
-    above = [file for file in storage.list_files(parent) if re.fullmatch(r"[^/]*-index2cls\.json", file)]
-    fitting = [file for file in above if own.startswith(file.removesuffix("-index2cls.json"))]
-    if len(fitting) != 1:
-        raise FileNotFoundError(
-            f"{source}: {len(fitting)} files *index2cls.json beside or above it fit its name; "
-            "say which one names its classes."
-        )
-    return storage.join(parent, fitting[0])
-
-
-def read_names(source: str) -> dict[str, str]:
-    """Class names to use: a JSON object from a class, as it is or tidied, or from its number, to the name.
-
-    Raises:
-        ValueError: It is something else.
-    """
-    names = json.loads(storage.read_text(source))
-    if not isinstance(names, dict) or not all(isinstance(value, str) for value in names.values()):
-        raise ValueError(f"{source}: an object from class or number to name is expected.")
-    return names
-
-
-def renamed(manifest: Manifest, names: Mapping[str, str]) -> Manifest:
-    """The manifest with other class names; numbers count the classes in its order, from 0.
-
-    Raises:
-        ValueError: A class has no name there.
-    """
-    tidied = {tidy(key): value for key, value in names.items()}
-    classes = [tidied.get(c) or names.get(c) or names.get(str(i)) for i, c in enumerate(manifest.classes)]
-    unnamed = [c for c, new in zip(manifest.classes, classes, strict=True) if new is None]
-    if unnamed:
-        raise ValueError(f"{len(unnamed)} of {len(classes)} classes have no name in the file: {unnamed[0]!r}, ….")
-    return Manifest(manifest.name, manifest.root, manifest.paths, manifest.labels, tuple(c for c in classes if c))
-
-
-def _tidied(source: str, root: str, rows: list[tuple[str, str]]) -> Manifest:
-    raw = sorted({label for _, label in rows}, key=str.casefold)  # UCF-101 counts Hammering before HammerThrow
-    classes = [tidy(label) for label in raw]
-    if len(set(classes)) < len(raw):
+def _tidied(source: str, root: str, rows: list[tuple[str, str]], understood: str) -> Manifest:
+    raw = lists.in_order(label for _, label in rows)  # UCF-101 counts Hammering before HammerThrow
+    classes = {label: tidy(label) for label in raw}
+    if len(set(classes.values())) < len(raw):
         raise ValueError(f"{source}: two classes have the same name when tidied; there are {len(raw)}: {raw}.")
-    return manifest_of(_folder_name(source), root, [(path, tidy(label)) for path, label in rows], classes, source)
+    videos = [(path, classes[label]) for path, label in rows]
+    return manifest_of(_folder_name(source), root, videos, list(classes.values()), source, understood)
 
 
 def _folder_name(source: str) -> str:

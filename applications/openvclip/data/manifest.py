@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import difflib
-import io
-import json
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from applications.openvclip.data import storage
+from applications.openvclip.data import lists, storage
 
 
 @dataclass(frozen=True)
@@ -23,6 +21,8 @@ class Manifest:
     paths: tuple[str, ...]
     labels: tuple[int, ...]
     classes: tuple[str, ...]
+    reading: str = field(default="", compare=False)
+    """How its source was understood, for people."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -31,9 +31,16 @@ class Manifest:
         """Path or URL of a video."""
         return storage.join(self.root, self.paths[i])
 
+    def lines(self) -> list[str]:
+        """How the source was understood and its first rows, as lines of text: a wrong reading shows here."""
+        rows = [f"  {path}: {self.classes[label]}" for path, label in zip(self.paths[:3], self.labels[:3], strict=True)]
+        names = ", ".join(self.classes[:5]) + (", …" if len(self.classes) > 5 else "")
+        return [f"read as: {self.reading}", f"classes: {names}", *rows]
+
     def of_classes(self, classes: Collection[str], name: str) -> Manifest:
         """The videos of some of the classes, which alone are the label set; both stay in their order."""
-        kept = [i for i, c in enumerate(self.classes) if c in classes]
+        wanted = set(classes)
+        kept = [i for i, c in enumerate(self.classes) if c in wanted]
         index = {old: new for new, old in enumerate(kept)}
         rows = [(path, index[label]) for path, label in zip(self.paths, self.labels, strict=True) if label in index]
         return replace(
@@ -52,7 +59,12 @@ class Manifest:
 
 
 def manifest_of(
-    name: str, root: str, rows: Sequence[tuple[str, str]], classes: Sequence[str] | None = None, source: str = ""
+    name: str,
+    root: str,
+    rows: Sequence[tuple[str, str]],
+    classes: Sequence[str] | None = None,
+    source: str = "",
+    reading: str = "",
 ) -> Manifest:
     """A manifest of rows (path, class).
 
@@ -62,24 +74,30 @@ def manifest_of(
         rows: Path and class of each video.
         classes: The label set, in the order of the logits; by default the classes that occur, sorted.
         source: Where the rows were read, for messages.
+        reading: How they were understood.
 
     Raises:
-        ValueError: There is no row, or a class is not one of `classes`; the message names the row.
+        ValueError: There is no row, a class is not one of `classes`, or two of these have the same name; the message
+            names the row.
     """
     if not rows:
         raise ValueError(f"{source or root}: there is no video in it.")
-    classes = tuple(classes if classes is not None else sorted({label for _, label in rows}))
+    classes = tuple(classes if classes is not None else lists.in_order(label for _, label in rows))
     index = {label: i for i, label in enumerate(classes)}
+    if len(index) < len(classes):
+        twice = next(label for i, label in enumerate(classes) if index[label] != i)
+        raise ValueError(f"{source or root}: two classes have the same name, {twice!r}.")
     for path, label in rows:
         if label not in index:
             near = difflib.get_close_matches(label, classes, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{source}: {path}: {label!r} is not one of the {len(classes)} classes.{hint}")
-    return Manifest(name, root, tuple(path for path, _ in rows), tuple(index[label] for _, label in rows), classes)
+    paths, labels = tuple(path for path, _ in rows), tuple(index[label] for _, label in rows)
+    return Manifest(name, root, paths, labels, classes, reading)
 
 
 def read_manifest(source: str | Path, classes: Sequence[str] | None = None, name: str | None = None) -> Manifest:
-    """Read a CSV file with the columns `path` and `label`, or a JSONL file of such objects; labels are class names.
+    """Read a list of paths and class names (`applications.openvclip.data.lists.read_rows`), names as they stand there.
 
     Args:
         source: The file, a path or URL. Relative paths in it are relative to its folder.
@@ -88,21 +106,13 @@ def read_manifest(source: str | Path, classes: Sequence[str] | None = None, name
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: A column is missing, there is no row, or a label is not one of `classes`; the message names the row.
+        ValueError: A row can't be read, there is none, or a label is not one of `classes`; the message names the row.
     """
     source = str(source)
-    text = storage.read_text(source)
-    if source.endswith(".jsonl"):
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        columns = set.intersection(*map(set, rows)) if rows else {"path", "label"}
-    else:
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        columns, rows = reader.fieldnames or (), list(reader)
-    if not {"path", "label"} <= set(columns):
-        raise ValueError(f"{source}: every row needs the columns path and label, got {sorted(columns)}.")
+    rows, reading = lists.read_rows(source)
     folder = storage.parent(source)
-    videos = [(row["path"], row["label"]) for row in rows]
-    return manifest_of(name or Path(folder).resolve().name, folder, videos, classes, source)
+    videos = [(row.path, row.label or "") for row in rows]
+    return manifest_of(name or Path(folder).resolve().name, folder, videos, classes, source, reading)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

@@ -153,7 +153,7 @@ def _release(sources: Sources, folder: str) -> Manifest | None:
     if sources.lists is None:
         return None
     source = f"{sources.lists.rstrip('/')}/{folder}/test.csv"
-    return layouts.release_csv(source, sources.videos) if storage.exists(source) else None
+    return layouts.read_list(source, sources.videos) if storage.exists(source) else None
 
 
 def _published_halves(
@@ -174,7 +174,7 @@ def _ucf_full(sources: Sources) -> tuple[Manifest, ...]:
 def _ucf_splits(sources: Sources) -> tuple[Manifest, ...]:
     lists = _lists(sources, "ucf101/EP3")
     return tuple(
-        _release(sources, f"ucf101_split{i}") or layouts.ucf_list(f"{lists}/testlist0{i}.txt", sources.videos)
+        _release(sources, f"ucf101_split{i}") or layouts.read_list(f"{lists}/testlist0{i}.txt", sources.videos)
         for i in (1, 2, 3)
     )
 
@@ -195,7 +195,7 @@ def _hmdb_splits(sources: Sources) -> tuple[Manifest, ...]:
 
 def _kinetics600_splits(sources: Sources) -> tuple[Manifest, ...]:
     lists = _lists(sources, "kinetics600/zero-shot")
-    return tuple(layouts.release_csv(f"{lists}/k600_split{i}/test.csv", sources.videos) for i in (1, 2, 3))
+    return tuple(layouts.read_list(f"{lists}/k600_split{i}/test.csv", sources.videos) for i in (1, 2, 3))
 
 
 def _kinetics400(sources: Sources) -> tuple[Manifest, ...]:
