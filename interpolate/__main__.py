@@ -1,13 +1,13 @@
 """`python -m interpolate`: checkpoints mixed, looked at and checked from the command line.
 
-Exit codes: 0 done, 1 a check found something wrong, 2 bad input (with a message on the standard error).
+Exit codes: 0 done (`diff`: equal), 1 `diff` or `verify` found something, 2 bad input or a file that can't be read or
+written (one line on the standard error), 130 interrupted. What a function given to `--evaluate` raises is shown whole.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
 import time
@@ -15,8 +15,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from interpolate import files
-from interpolate.patching import Ratio, patch
+from interpolate._operations import Ratio
+from interpolate.patching import patch, weights_of
 from interpolate.path import PathValues, greedy_soup
+from interpolate.reports import Report, as_json
 
 _PATHS = (
     "a .safetensors file, the .safetensors.index.json of a sharded checkpoint, or a file of torch.save, local or a URL"
@@ -25,20 +27,55 @@ _PATHS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(_ratios_last(sys.argv[1:] if arguments is None else arguments))
     try:
         return options.run(options)
+    except _EvaluateError as error:
+        raise error.own from None
     except (ValueError, OSError) as error:
-        print(f"interpolate {options.command}: {error}", file=sys.stderr)
+        print(f"interpolate {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"interpolate {options.command}: interrupted; no file was changed", file=sys.stderr)
+        return 130
+
+
+class _EvaluateError(Exception):
+    """What the function given to `--evaluate` raised: not bad input of ours, whatever its type."""
+
+    def __init__(self, own: Exception) -> None:
+        self.own = own
+
+
+def _ratios_last(arguments: Sequence[str]) -> list[str]:
+    """`--anchor-weight` and what belongs to it after everything else, since argparse gives it all that follows."""
+    rest, ratios = list(arguments), []
+    while "--anchor-weight" in rest[:-1]:
+        start = rest.index("--anchor-weight")
+        stop = start + 2
+        while stop < len(rest) and "=" in rest[start + 1] and _is_pattern(rest[stop]):
+            stop += 1
+        ratios += rest[start:stop]
+        del rest[start:stop]
+    return rest + ratios
+
+
+def _is_pattern(text: str) -> bool:
+    pattern, _, weight = text.rpartition("=")
+    try:
+        return bool(pattern) and not pattern.startswith("-") and float(weight) is not None
+    except ValueError:
+        return False
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m interpolate", description="Mix checkpoints and look at them.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m interpolate", description="Mix checkpoints and look at them."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=f"{text} A checkpoint is {_PATHS}.")
+        sub = commands.add_parser(name, allow_abbrev=False, help=text, description=f"{text} A checkpoint is {_PATHS}.")
         sub.set_defaults(run=run)
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         return sub
@@ -58,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--anchor-weight",
         nargs="+",
+        action="extend",
         required=True,
         metavar="W",
         help="weight of the anchor in [0, 1], or PATTERN=W ..., the first that fits a name; '*' is the rest",
@@ -78,7 +116,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--plot", metavar="FILE", help="draw the values into an image; needs matplotlib")
     sub = command("inspect", _inspect, "Show what is in a checkpoint.")
     sub.add_argument("checkpoint")
-    sub = command("diff", _diff, "Show how far two checkpoints are from each other; exit code 1 if they differ.")
+    sub = command(
+        "diff",
+        _diff,
+        "Show how far two checkpoints are from each other; exit code 1 if they differ.",
+    )
     sub.add_argument("checkpoints", nargs=2)
     sub = command("verify", _verify, "Check a written checkpoint against its recipe and inputs; exit code 1 if wrong.")
     sub.add_argument("checkpoint")
@@ -113,15 +155,15 @@ def _path(options: argparse.Namespace) -> int:
     if options.points < 2:
         raise ValueError(f"--points must be at least 2, got {options.points}.")
     evaluate, progress = _function(options.evaluate), _progress()
+    anchor, theta = weights_of(options.anchor), weights_of(options.theta)
     weights, values = [i / (options.points - 1) for i in range(options.points)], []
     for weight in weights:
-        values.append(float(evaluate(patch(options.anchor, options.theta, anchor_weight=weight))))
+        values.append(evaluate(patch(anchor, theta, anchor_weight=weight)))
         progress(len(values), len(weights))
-    found = PathValues(tuple(weights), tuple(values))
     if options.plot:
-        found.plot(options.plot, label=options.evaluate)
+        PathValues(tuple(weights), tuple(values)).plot(options.plot, label=options.evaluate)
     if options.json:
-        print(json.dumps({"anchor_weights": weights, "values": values}))
+        print(as_json({"anchor_weights": weights, "values": values}))
     else:
         print("anchor_weight  value")
         print("\n".join(f"{weight:13.4g}  {value:.6g}" for weight, value in zip(weights, values, strict=True)))
@@ -139,16 +181,16 @@ def _inspect(options: argparse.Namespace) -> int:
 def _diff(options: argparse.Namespace) -> int:
     report = files.diff(*options.checkpoints)
     _show(options, report)
-    return int(any(tensor.differs for tensor in report.tensors))
+    return int(report.differs)
 
 
 def _verify(options: argparse.Namespace) -> int:
     problems = files.verify(options.checkpoint)
-    print(json.dumps({"problems": problems}) if options.json else "\n".join(problems) or "as its recipe says")
+    print(as_json({"problems": problems}) if options.json else "\n".join(problems) or "as its recipe says")
     return int(bool(problems))
 
 
-def _show(options: argparse.Namespace, report: files.Report) -> int:
+def _show(options: argparse.Namespace, report: Report) -> int:
     print(report.as_json() if options.json else report)
     return 0
 
@@ -167,9 +209,23 @@ def _function(text: str) -> Callable[[Any], float]:
     module, _, name = text.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        function: Any = getattr(importlib.import_module(module), name, None) if module and name else None
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):  # one that the user's module imports
+            raise _EvaluateError(error) from error
         raise ValueError(f"--evaluate takes MODULE:FUNCTION, got {text!r}: {error}.") from error
+    except Exception as error:
+        raise _EvaluateError(error) from error
+    if not callable(function):
+        raise ValueError(f"--evaluate takes MODULE:FUNCTION, got {text!r}: there is no such function.")
+
+    def evaluate(weights: Any) -> float:
+        try:
+            return float(function(weights))
+        except Exception as error:
+            raise _EvaluateError(error) from error
+
+    return evaluate
 
 
 def _progress() -> files.Progress:

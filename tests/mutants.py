@@ -24,6 +24,7 @@ CHECKPOINTS = "tests/test_checkpoints.py"
 FILES = "tests/test_files.py"
 UNMIXABLE = "tests/test_unmixable.py"
 PATH = "tests/test_path.py"
+CLI = "tests/test_cli.py"
 
 MUTANTS = [
     # file, line or part of it, what it becomes, tests
@@ -127,6 +128,14 @@ MUTANTS = [
     ("reports.py", "tensor = torch.view_as_real(tensor)", "return 0", FILES),
     ("_operations.py", "if ratios.keys() >= {*fitting}", "if False", PATCHING),
     ("patching.py", "compiled(recipe, list(weights), len(sources))", "compiled(recipe, list(first), len(sources))", PATCHING),
+    ("__main__.py", '"=" in rest[start + 1] and ', "", CLI),
+    ("__main__.py", "        return 130", "        raise", CLI),
+    ("__main__.py", "return int(report.differs)", "return 0", CLI),
+    ("__main__.py", "raise error.own from None", "raise", CLI),
+    ("__main__.py", "if not f\"{module}.\".startswith(f\"{error.name}.\"):", "if False:", CLI),
+    ("path.py", "self.n += 1", "pass", PATH),
+    ("path.py", "[(total / self.n).to(dtype), tensor]", "[tensor, total]", PATH),
+    ("path.py", "self.sums[name] = summed([total, weights[name]])", "pass", PATH),
     ("path.py", "(1 - w) * loss[0] + w * loss[1]", "w * loss[0] + (1 - w) * loss[1]", PATH),
     ("path.py", "if value >= best:", "if True:", PATH),
     ("path.py", "if found[left] >= found[right]:", "if found[left] < found[right]:", PATH),

@@ -3,12 +3,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from interpolate.__main__ import main
+from interpolate.__main__ import _ratios_last, main
+from interpolate.checkpoints import Checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +42,33 @@ def test_patch_takes_patterns():
     assert {n: t[0].item() for n, t in load_file("out.safetensors").items()} == {"a.w": 0.0, "b.w": 1.0}
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--anchor-weight", "0.25", *PAIR, "-o", "out.safetensors"),
+        (PAIR[0], "--anchor-weight", "0.25", PAIR[1], "-o", "out.safetensors"),
+        ("-o", "out.safetensors", "--anchor-weight", "a.*=0.25", "*=0.25", *PAIR),
+        ("--anchor-weight=0.25", "-o", "out.safetensors", *PAIR),
+        ("--anchor-weight", "a.*=0.25", "--anchor-weight", "*=0.25", *PAIR, "-o", "out.safetensors"),
+        (*PAIR, "-o", "out.safetensors", "--anchor-weight", "0.25"),
+    ],
+)
+def test_options_come_in_any_order(arguments: tuple[str, ...]):
+    assert run("patch", *arguments) == 0
+    assert {t[0].item() for t in load_file("out.safetensors").values()} == {0.75}
+
+
+def test_a_checkpoint_whose_name_looks_like_a_pattern_is_one_after_a_single_number():
+    os.symlink("anchor.safetensors", "lr=0.1")
+    assert _ratios_last(["patch", "--anchor-weight", "0.5", "lr=0.1", "b"]) == [
+        "patch",
+        "lr=0.1",
+        "b",
+        "--anchor-weight",
+        "0.5",
+    ]
+
+
 def test_a_dry_run_writes_nothing(capsys: pytest.CaptureFixture[str]):
     assert run("patch", *PAIR, "--anchor-weight", "0.25", "-o", "out.safetensors", "--dry-run", "--json") == 0
     assert not os.path.exists("out.safetensors")
@@ -69,6 +98,43 @@ def test_path_prints_values_along_the_path(capsys: pytest.CaptureFixture[str]):
     ]
 
 
+def test_the_path_reads_every_file_once(monkeypatch: pytest.MonkeyPatch):
+    opened, make = [], Checkpoint.__init__
+    monkeypatch.setattr(Checkpoint, "__init__", lambda self, path: opened.append(path) or make(self, path))
+    assert run("path", *PAIR, "--evaluate", "judging:closeness") == 0
+    assert opened == list(PAIR)
+
+
+def test_json_has_null_where_there_is_no_number(capsys: pytest.CaptureFixture[str]):
+    Path("judging.py").write_text("def nothing(weights):\n    return float('nan')\n")
+    sys.modules.pop("judging", None)
+    assert run("path", *PAIR, "--evaluate", "judging:nothing", "--points", "2", "--json") == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["values"] == [None, None]
+    for command in (("inspect", PAIR[0]), ("diff", *PAIR), ("average", PAIR[0], "-o", "out.safetensors")):
+        run(*command, "--json")
+        json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("error", ["ValueError('mine')", "OSError('mine')", "ImportError('mine')"])
+@pytest.mark.parametrize("where", ["def score(weights):\n    raise ", "raise ", "import missing_package  # "])
+def test_what_the_users_function_or_module_raises_is_not_taken_for_bad_input(error: str, where: str):
+    name = f"scoring_{uuid4().hex}"  # modules are imported once
+    Path(f"{name}.py").write_text(where + error)
+    with pytest.raises((ValueError, OSError, ImportError), match=r"mine|No module named 'missing_package'"):
+        run("path", *PAIR, "--evaluate", f"{name}:score")
+
+
+def test_an_interrupt_is_said_on_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def interrupted(self: Checkpoint, name: str):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "chunks", interrupted)
+    before = sorted(os.listdir())
+    assert run("patch", *PAIR, "--anchor-weight", "0.5", "-o", "out.safetensors") == 130
+    assert capsys.readouterr().err == "interpolate patch: interrupted; no file was changed\n"
+    assert sorted(os.listdir()) == before
+
+
 def test_inspect_lists_tensors(capsys: pytest.CaptureFixture[str]):
     assert run("inspect", "theta.safetensors") == 0
     assert "float32  (2,)                 a.w" in capsys.readouterr().out
@@ -79,6 +145,9 @@ def test_inspect_lists_tensors(capsys: pytest.CaptureFixture[str]):
 def test_diff_tells_by_its_exit_code():
     assert run("diff", *PAIR) == 1
     assert run("diff", "theta.safetensors", "theta.safetensors") == 0
+    assert run("diff", "theta.safetensors", "missing.safetensors") == 2
+    save_file({"a.w": torch.ones(3)}, "other.safetensors")
+    assert run("diff", "theta.safetensors", "other.safetensors") == 1
 
 
 def test_verify_tells_by_its_exit_code(capsys: pytest.CaptureFixture[str]):
@@ -102,11 +171,18 @@ def test_verify_tells_by_its_exit_code(capsys: pytest.CaptureFixture[str]):
         ),
         (("patch", *PAIR, "--anchor-weight", "a.*=1", "-o", "o.safetensors"), "no pattern in anchor_weight fits b.w"),
         (("inspect", "missing.safetensors"), "missing.safetensors"),
+        (("path", *PAIR, "--evaluate", "nowhere:none"), "got 'nowhere:none': No module named 'nowhere'"),
+        (("path", *PAIR, "--evaluate", "judging"), "--evaluate takes MODULE:FUNCTION, got 'judging'"),
+        (("inspect", "junk.safetensors"), "junk.safetensors"),
+        (("diff", PAIR[0], "."), "irectory"),
+        (("patch", *PAIR, "--anchor-weight", "*=1", "a.*=0", "-o", "o.safetensors"), "'a.*' in anchor_weight decides"),
+        (("patch", *PAIR, "--anchor-weight", "0.5", "-o", "no/folder/o.safetensors"), "no/folder"),
         (("path", *PAIR, "--evaluate", "judging:none"), "--evaluate takes MODULE:FUNCTION, got 'judging:none'"),
         (("path", *PAIR, "--evaluate", "judging:closeness", "--points", "1"), "--points must be at least 2, got 1"),
     ],
 )
 def test_bad_input_is_said_on_one_line(arguments: tuple, message: str, capsys: pytest.CaptureFixture[str]):
+    Path("junk.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     assert run(*arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"interpolate {arguments[0]}: ")
