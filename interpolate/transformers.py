@@ -13,7 +13,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from interpolate._sharding import bare_name, inner, reshard
+from interpolate._names import by_bare_name, unwrapped
+from interpolate._sharding import reshard
 from interpolate.averaging import WeightAverager
 from interpolate.regularizer import InterpolatedWeightRegularizer
 from interpolate.weights import load_weights, trainable_weights
@@ -158,7 +159,7 @@ class InterpolatedTrainer(Trainer):
         if self.regularizer is not None:
             parts["regularizer"] = self.regularizer.state_dict()
         if self.averager is not None:
-            buffers = {bare_name(name): buffer for name, buffer in inner(self._prepared).named_buffers()}
+            buffers = by_bare_name(unwrapped(self._prepared).named_buffers())
             theta = {name: p.detach() for name, p in trainable_weights(self._prepared).items()}
             theta |= {name: buffers[name] for name in self.averager.buffers}
             parts["averager"] = {"average": self.averager.state_dict(), "theta": theta}
