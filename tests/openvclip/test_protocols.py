@@ -114,12 +114,21 @@ def test_your_own_protocol_comes_from_a_file(tmp_path: Path) -> None:
     assert (protocol.templates, protocol.top_k, protocol.unreadable) == (("a {}",), (1, 2), "left-out")
     for change, message in (
         ({"part": []}, "unknown: part"),
-        ({"parts": [{"source": "m.csv", "classes": ["yogi"]}]}, "'yogi' is not a class of m.csv"),
+        ({"parts": [{"source": "m.csv", "classes": ["yogi"]}]}, "'yogi' is not a class of m.csv; is 'yoga' meant"),
         ({"top_k": [5]}, "top-5 says nothing of 2 classes"),
     ):
         path.write_text(json.dumps(content | change))
         with pytest.raises(ValueError, match=message):
             named(str(path), {})
+
+
+def test_a_class_without_a_video_competes(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "m.csv", [("a.mp4", "kin_a"), ("b.mp4", "yoga")])
+    content = {"name": "mine", "parts": [{"source": "m.csv", "classes": ["surfing", "kin_a"]}]}
+    (tmp_path / "p.json").write_text(json.dumps(content))
+    (part,) = named(str(tmp_path / "p.json"), {}).parts
+    assert part.classes == ("kin a", "surfing")
+    assert (part.paths, part.labels) == (("a.mp4",), (0,))
 
 
 def test_what_a_protocol_lacks_is_named() -> None:

@@ -111,7 +111,8 @@ def test_what_killed_processes_left_in_the_cache_is_removed(server: tuple[str, l
     for name, age in ((".use-old", 2 * 24 * 3600), (".use-new", 60)):
         (cache.folder / name).mkdir(parents=True)
         (cache.folder / name / "video.mp4").write_bytes(b"left over")
-        os.utime(cache.folder / name, (time.time() - age,) * 2)
+        then = time.time() - age
+        os.utime(cache.folder / name, (then, then))
     with cache.local(f"{server[0]}/Archery/c.mp4"):
         pass
     assert [path.name for path in cache.folder.glob(".use-*")] == [".use-new"]

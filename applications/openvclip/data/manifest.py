@@ -38,8 +38,12 @@ class Manifest:
         return [f"read as: {self.reading}", f"classes: {names}", *rows]
 
     def of_classes(self, classes: Collection[str], name: str) -> Manifest:
-        """The videos of some of the classes, which alone are the label set; both stay in their order."""
+        """The videos of some of the classes, which alone are the label set; both stay in their order.
+
+        Classes that have no video here come last.
+        """
         wanted = set(classes)
+        without = sorted(wanted - set(self.classes))
         kept = [i for i, c in enumerate(self.classes) if c in wanted]
         index = {old: new for new, old in enumerate(kept)}
         rows = [(path, index[label]) for path, label in zip(self.paths, self.labels, strict=True) if label in index]
@@ -48,7 +52,7 @@ class Manifest:
             name=name,
             paths=tuple(path for path, _ in rows),
             labels=tuple(label for _, label in rows),
-            classes=tuple(self.classes[i] for i in kept),
+            classes=(*(self.classes[i] for i in kept), *without),
         )
 
     def only(self, indices: Iterable[int]) -> Manifest:

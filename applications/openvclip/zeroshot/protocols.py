@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ import cattrs
 import numpy as np
 
 from applications.openvclip.data import layouts, storage
+from applications.openvclip.data.class_names import tidy
 from applications.openvclip.data.manifest import Manifest
 from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.model.prompts import ACTION_TEMPLATES, TEMPLATES
@@ -124,10 +126,12 @@ def read_protocol(source: str, unreadable: Unreadable = "wrong") -> Protocol:
     for i, part in enumerate(content["parts"]):
         read = {key: storage.join(folder, part[key]) for key in ("source", "root", "names") if key in part}
         manifest = layouts.read_dataset(**read, name=f"{content['name']}/{i}")
-        missing = set(part.get("classes", ())) - set(manifest.classes)
-        if missing:
-            raise ValueError(f"{source}: {sorted(missing)[0]!r} is not a class of {part['source']}.")
-        parts.append(manifest.of_classes(part.get("classes", manifest.classes), manifest.name))
+        classes = [c if c in manifest.classes else tidy(c) for c in part.get("classes", manifest.classes)]
+        not_asked = [c for c in manifest.classes if c not in classes]
+        for name in classes:  # one without a video competes as the others do, unless it is a slip of the pen
+            if name not in manifest.classes and (near := difflib.get_close_matches(name, not_asked, 1, cutoff=0.7)):
+                raise ValueError(f"{source}: {name!r} is not a class of {part['source']}; is {near[0]!r} meant?")
+        parts.append(manifest.of_classes(classes, manifest.name))
     templates = content.get("templates", "actions")
     return Protocol(
         content["name"],
