@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from interpolate._isolation import isolated
 from interpolate._sharding import inner, is_sharded, local, reshard
@@ -156,3 +157,23 @@ def _obstacle_to_functional(model: nn.Module, theta: Parameters) -> str | None:
     if scripted:
         return f"TorchScript ({listed(name or 'the model' for name in scripted)}) keeps its weights out of reach"
     return None
+
+
+CHECKPOINTED = (
+    "regularizer(...) can't be used with gradient checkpointing or other hooks on saved tensors: they would be "
+    "recomputed at theta. Use regularizer.backward(loss_fn), which is right with them."
+)
+
+
+def has_reentrant_checkpoint(output: Any) -> bool:
+    """Whether `torch.utils.checkpoint` with `use_reentrant=True` is part of the graph; no hook of torch tells."""
+    nodes = [x.grad_fn for x in tree_leaves(output) if isinstance(x, Tensor) and x.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        nodes += new
+    return False

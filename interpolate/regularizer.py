@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from interpolate._alphas import AlphaSequence
 from interpolate._sharding import inner, is_sharded, like, local
-from interpolate._strategies import STRATEGIES, choose_strategy, seen_at
-from interpolate.weights import Weights, check_match, trainable_weights
+from interpolate._strategies import CHECKPOINTED, STRATEGIES, choose_strategy, has_reentrant_checkpoint, seen_at
+from interpolate.errors import WeightMismatchError
+from interpolate.weights import Weights, check_match, listed, trainable_weights
 
 T = TypeVar("T")
 
 
-class InterpolatedWeightRegularizer:
+class InterpolatedWeightRegularizer(AlphaSequence):
     """Adds the loss at weights between the anchor and theta to the loss at theta.
 
     Each step draws `alpha ~ U(0, max_alpha)` and minimises `L(theta) + beta * L(alpha * anchor + (1 - alpha) * theta)`
     with `beta = strength / (1 - alpha)`. Its gradient is `g(theta) + strength * g(theta_tilde)`: beta cancels the
     factor `1 - alpha` of the chain rule. A step costs two forward and two backward passes.
 
-    Parameters that are frozen or not floating point are left to the plain pass, gradients included, and so are buffers
-    (BatchNorm statistics, counters). Dropout draws a new mask in each pass.
+    Parameters that are frozen or not floating point are left to the plain pass, gradients included, and so is the state
+    of modules: buffers, and tensors and containers of Python's in their attributes (caches, counters, metrics). Objects
+    of other kinds, and what `loss_fn` changes outside of the model, see both passes. Dropout draws a mask in each.
+
+    With LoRA, what is interpolated are the factors, one by one: the path leads through products of interpolated
+    factors, not through interpolated products. Its gradient is exact; only at its ends are the two paths the same.
 
     Under DDP, give the wrapped model: the pass at the interpolated weights communicates nothing, and the plain one
     synchronises the sum of both. Where `find_unused_parameters` is needed, both passes must use the same parameters.
     Weights sharded by FSDP2 (`fully_shard`) are swapped in place, shard by shard; each pass then gathers and reduces.
 
     Source: Weng et al. 2023 (arXiv 2302.00624), eq. 6-9 and algorithm 1. Departs from the published code in that alpha
-    is a function of (`seed`, step, rank), so that a run can be repeated and resumed. The one-pass estimators are ours.
+    is a function of (`seed`, step, rank or micro-batch), so that a run can be repeated and resumed. The one-pass
+    estimators are ours.
 
     Args:
         model: The model being fine-tuned, wrapped by DDP or `torch.compile` or sharded by FSDP2 as it may be.
@@ -46,7 +51,8 @@ class InterpolatedWeightRegularizer:
             `"random"` computes `(1 + strength)` times one of the terms, theta's with probability `1 / (1 + strength)`.
         strategy: How weights are put under the model: `"functional"` (nothing is touched) or `"in_place"` (swapped in
             the live model and restored after backward). None takes the first wherever it is right.
-        alpha_per_rank: Whether every rank draws an alpha of its own. None: yes, except where weights are sharded.
+        alpha_per_rank: Whether every rank draws an alpha of its own, by its rank when alpha is drawn. None: yes, except
+            where weights are sharded.
 
     Raises:
         ValueError: An argument is out of its range, or would be wrong for this model.
@@ -86,42 +92,44 @@ class InterpolatedWeightRegularizer:
         self.strategy = choose_strategy(model, theta, strategy, through_wrapper=passes == "random")
         """How weights are put under the model: `functional` or `in_place`."""
         anchor = theta if anchor is None else anchor
-        check_match(theta, anchor)
+        _check_anchor(theta, anchor)
         self.anchor: dict[str, Tensor] = {n: like(anchor[n].detach(), p).clone() for n, p in theta.items()}
         """The weights to stay near, by name; in the dtype, on the device and in the shards of the model's."""
-        self._rank = _rank_of_alpha(alpha_per_rank, seed, sharded=any(map(is_sharded, theta.values())))
+        sharded = any(map(is_sharded, theta.values()))
+        if sharded and alpha_per_rank:
+            raise ValueError("alpha_per_rank=True is wrong where weights are sharded: they make one set of weights.")
+        super().__init__(max_alpha, seed, shared=sharded if alpha_per_rank is None else not alpha_per_rank)
+        self._agree_on_seed()
         self.passes = passes
         self.model = model
-        self.max_alpha = max_alpha
         self.strength = strength
-        self.seed = seed
         self.interpolated_loss: Tensor | None = None
-        """The loss at the interpolated weights of the last `backward`, detached; for logs."""
-        self.step = 0
-        """How many alphas have been used up: one per `backward`, or per backward pass through a forward call."""
+        """The loss at the interpolated weights of the last `backward`, detached; for logs. None with `strength=0`."""
         self._ended_by = -1
-
-    @property
-    def alpha(self) -> float:
-        """The weight of the anchor in this step, in [0, max_alpha): a function of (seed, step, rank) alone."""
-        return self.max_alpha * self._generator().random()
 
     @property
     def beta(self) -> float:
         """The factor of the regularizing loss in this step, `strength / (1 - alpha)`."""
         return self.strength / (1 - self.alpha)
 
-    def backward(self, loss_fn: Callable[..., Tensor], *batch: Any) -> Tensor:
+    def backward(self, loss_fn: Callable[..., Tensor], *batch: Any, index: int | None = None) -> Tensor:
         """Accumulate `g(theta) + strength * g(theta_tilde)` in the parameters' `.grad`; one graph is alive at a time.
 
-        With a `GradScaler`, return `scaler.scale(loss)` from `loss_fn`. To accumulate gradients, call this once for
-        each part of the batch, under DDP within `no_sync()` as usual; every call draws its alpha.
+        Every call is a step with an alpha of its own. To accumulate gradients, call this once for each part of the
+        batch, under DDP within `no_sync()` as usual, and in `with one_step():` if the parts are to share a step: each
+        then has the alpha of its index, however many processes share the work. The closure of an optimizer, which
+        LBFGS calls several times, keeps one alpha for the optimizer's step.
+
+        With a `GradScaler`, return `scaler.scale(loss)` from `loss_fn`. What this returns, and `interpolated_loss`, are
+        then scaled too; `/ scaler.get_scale()`, before `scaler.update()`, gives the losses.
 
         Args:
             loss_fn: Computes the loss of this step with the model that it is given first, and no other reference to
-                it. Called twice.
+                it. Called twice; once with `strength=0` or `max_alpha=0`, where both terms are at theta.
             batch: What else `loss_fn` is called with. `passes="split"` needs it: every tensor in it, however nested,
                 is halved along its first dimension.
+            index: Which alpha of this step to use, by default that of the rank; where weights are sharded, the same
+                on every rank.
 
         Returns:
             The loss at theta, detached; the one at the interpolated weights is left in `interpolated_loss`. With
@@ -132,29 +140,35 @@ class InterpolatedWeightRegularizer:
             RuntimeError: The loss was computed with other weights than those of the model given to `loss_fn`.
             ValueError: The batch can't be halved.
         """
-        if self.passes == "random":
-            loss = self._either_pass(loss_fn, batch)
+        self._agree_on_seed()
+        if not self.strength or not self.max_alpha:  # nothing is added, or theta is where the interpolated weights are
+            loss = _accumulate(self.model, loss_fn, batch, 1 + self.strength)
+            self.interpolated_loss = loss if self.strength else None
+        elif self.passes == "random":
+            loss = self._either_pass(loss_fn, batch, index)
         else:
             first, second = _halves(batch) if self.passes == "split" else (batch, batch)
             # This pass comes first: its graph and weights are gone when the plain pass begins, which lowers the peak
             # of memory, and DDP synchronises what both have left in .grad.
-            self.interpolated_loss = self._interpolated(inner(self.model), loss_fn, first, self.strength)
+            self.interpolated_loss = self._interpolated(inner(self.model), loss_fn, first, self.strength, index)
             loss = _accumulate(self.model, loss_fn, second, 1)
-        self.step += 1
+        self._end_call()
         return loss
 
-    def run_interpolated(self, function: Callable[[nn.Module], T]) -> T:
+    def run_interpolated(self, function: Callable[[nn.Module], T], *, index: int | None = None) -> T:
         """Call a function with the model at this step's interpolated weights, for trainers with a step of their own.
 
         The function computes its loss with the model that it is given and calls backward on `strength` times it; the
         gradients are added to the parameters' `.grad`. The trainer's plain pass comes afterwards and synchronises both
-        under DDP. With `strategy="in_place"`, its forward pass too must come afterwards.
+        under DDP. With `strategy="in_place"`, its forward pass too must come afterwards. Steps and `index` are as for
+        `backward`.
 
         Returns:
             What the function returns.
         """
-        result = self._run(inner(self.model), function)
-        self.step += 1
+        self._agree_on_seed()
+        result = self._run(inner(self.model), function, index)
+        self._end_call()
         return result
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -181,10 +195,10 @@ class InterpolatedWeightRegularizer:
             with seen_at(self.model, theta, tilde):
                 return self.model(*args, **kwargs)
         torch.autograd.graph.register_multi_grad_hook(tuple(tilde.values()), lambda _: self._end(step), mode="any")
-        with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTED), seen_at(self.model, theta, tilde):
+        with torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTED), seen_at(self.model, theta, tilde):
             output = self.model(*args, **kwargs)
-        if _has_reentrant_checkpoint(output):
-            raise RuntimeError(_CHECKPOINTED)
+        if has_reentrant_checkpoint(output):
+            raise RuntimeError(CHECKPOINTED)
         return output
 
     def state_dict(self) -> dict[str, Any]:
@@ -193,7 +207,7 @@ class InterpolatedWeightRegularizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken; the anchor comes back too, whatever the model's weights are now."""
-        check_match(self.anchor, state["anchor"])
+        _check_anchor(self.anchor, state["anchor"])
         for name, tensor in self.anchor.items():
             local(tensor).copy_(local(like(state["anchor"][name], tensor)))
         self.step, self.seed = int(state["step"]), int(state["seed"])
@@ -207,37 +221,47 @@ class InterpolatedWeightRegularizer:
         self.anchor = {name: like(self.anchor[name], p) for name, p in theta.items()}
         return theta
 
-    def _run(self, model: nn.Module, function: Callable[[nn.Module], T]) -> T:
-        return STRATEGIES[self.strategy](model, self._trainable(), self.anchor, self.alpha, function)
+    def _run(self, model: nn.Module, function: Callable[[nn.Module], T], index: int | None) -> T:
+        return STRATEGIES[self.strategy](model, self._trainable(), self.anchor, self.alpha_of(index), function)
 
-    def _interpolated(self, model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple, factor: float) -> Tensor:
+    def _interpolated(
+        self, model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple, factor: float, index: int | None
+    ) -> Tensor:
         """One pass at the interpolated weights; its loss."""
-        return self._run(model, lambda model: _accumulate(model, loss_fn, batch, factor))
+        return self._run(model, lambda model: _accumulate(model, loss_fn, batch, factor), index)
 
-    def _either_pass(self, loss_fn: Callable[..., Tensor], batch: tuple) -> Tensor:
+    def _either_pass(self, loss_fn: Callable[..., Tensor], batch: tuple, index: int | None) -> Tensor:
         """One of the two passes, drawn in proportion to its weight, which makes its gradient an unbiased estimate."""
-        total, generator = 1 + self.strength, self._generator()
+        total, generator = 1 + self.strength, self._generator(index)
         generator.random()  # the first draw is alpha
         if generator.random() * total < 1:
             return _accumulate(self.model, loss_fn, batch, total)
-        self.interpolated_loss = self._interpolated(self.model, loss_fn, batch, total)
+        self.interpolated_loss = self._interpolated(self.model, loss_fn, batch, total, index)
         return self.interpolated_loss
-
-    def _generator(self) -> random.Random:
-        rank = f"/{self._rank}" if self._rank else ""
-        return random.Random(f"interpolate/{self.seed}/{self.step}{rank}")
 
     def _end(self, step: int) -> None:
         """Called in every backward pass through forward calls of `step`, once for each of these calls."""
         backward_pass = torch._C._current_graph_task_id()  # as torch.autograd.graph tells them apart
         if step == self.step:
-            self.step, self._ended_by = step + 1, backward_pass
+            if backward_pass != self._ended_by:
+                self._end_call()
+            self._ended_by = backward_pass
         elif backward_pass != self._ended_by:
             raise RuntimeError(
                 f"this backward pass goes through a forward pass of step {step}, but step {step} has ended: a backward "
                 "pass had already gone through it, and alpha and beta have moved on. Add the losses of one step up and "
                 "call backward once, or use regularizer.backward(loss_fn)."
             )
+
+
+def _check_anchor(theta: Weights, anchor: Weights) -> None:
+    check_match(theta, anchor)
+    codes = [f"{name} ({str(anchor[name].dtype)[6:]})" for name in theta if not anchor[name].is_floating_point()]
+    if codes:
+        raise WeightMismatchError(
+            f"{len(codes)} of {len(theta)} weights of the anchor ({listed(codes)}) are not floating point: the codes "
+            "of quantised weights mean nothing without their scales. Give the weights from before quantisation."
+        )
 
 
 def _accumulate(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple, factor: float) -> Tensor:
@@ -259,38 +283,3 @@ def _halves(batch: tuple) -> tuple[tuple, tuple]:
         for part in (slice(None, half), slice(half, None))
     )
     return first, second
-
-
-def _rank_of_alpha(per_rank: bool | None, seed: int, *, sharded: bool) -> int:
-    """The rank that alpha depends on: this one's, or 0 where all ranks share it, which needs one seed for all."""
-    if sharded and per_rank:
-        raise ValueError("alpha_per_rank=True is wrong where weights are sharded: the shards make one set of weights.")
-    if not dist.is_initialized():
-        return 0
-    if per_rank or (per_rank is None and not sharded):
-        return dist.get_rank()
-    seeds: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(seeds, seed)
-    if len(set(seeds)) > 1:
-        raise ValueError(f"seed must be the same on every rank where they share alpha, got {seeds}.")
-    return 0
-
-
-_CHECKPOINTED = (
-    "regularizer(...) can't be used with gradient checkpointing or other hooks on saved tensors: they would be "
-    "recomputed at theta. Use regularizer.backward(loss_fn), which is right with them."
-)
-
-
-def _has_reentrant_checkpoint(output: Any) -> bool:
-    """Whether `torch.utils.checkpoint` with `use_reentrant=True` is part of the graph; no hook of torch tells."""
-    nodes = [x.grad_fn for x in tree_leaves(output) if isinstance(x, Tensor) and x.grad_fn is not None]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        if node.name() == "CheckpointFunctionBackward":
-            return True
-        new = {following for following, _ in node.next_functions if following is not None} - seen
-        seen |= new
-        nodes += new
-    return False

@@ -1,4 +1,6 @@
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -75,13 +77,12 @@ def test_buffers_change_as_in_a_plain_step(model, strategy):
 
 @given(modules(), st.sampled_from(STRATEGIES))
 def test_gradients_accumulate(model, strategy):
-    regularizer = regularizer_away_from_anchor(
-        model, max_alpha=0, strategy=strategy
-    )  # alpha 0: always the same weights
+    regularizer = regularizer_away_from_anchor(model, strategy=strategy)
     loss_fn = mse(*batch())
     once = explicit_gradients(regularizer, loss_fn)
-    regularizer.backward(loss_fn)
-    regularizer.backward(loss_fn)
+    with regularizer.one_step():
+        regularizer.backward(loss_fn)
+        regularizer.backward(loss_fn)
     torch.testing.assert_close(gradients(model), {n: 2 * g for n, g in once.items()})
 
 
@@ -125,6 +126,136 @@ def test_alpha_depends_on_seed_and_step_alone(seed: int, max_alpha: float):
     assert drawn == alphas()
     assert all(0 <= alpha <= max_alpha for alpha in drawn)
     assert max_alpha < 1e-9 or len(set(drawn)) == 3
+
+
+def alphas_of(regularizer: InterpolatedWeightRegularizer, indices) -> list[float]:
+    """The alphas that are drawn in calls for these micro-batches; the loss of a weight tells."""
+    drawn = []
+    for index in indices:
+        regularizer.backward(lambda model: model(torch.ones(1).double()).sum(), index=index)
+        drawn.append(1 - regularizer.interpolated_loss.item())
+    return drawn
+
+
+def from_one_to_zero(**options) -> InterpolatedWeightRegularizer:
+    """Theta is 1 and the anchor 0, so that the interpolated weight is 1 - alpha."""
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.ones_(model.weight)
+    return InterpolatedWeightRegularizer(model, anchor={"weight": torch.zeros(1, 1)}, **options)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("passes", ["both", "random"])
+def test_alpha_is_a_function_of_seed_step_and_index(strategy: str, passes: str):
+    regularizer = from_one_to_zero(seed=3, strategy=strategy, passes=passes, strength=1e9)  # random: never theta
+    for step in range(3):
+        assert regularizer.step == step
+        expected = [regularizer.alpha_of(index) for index in range(4)]
+        assert len(set(expected)) == 4
+        with regularizer.one_step():
+            assert alphas_of(regularizer, [2, 0, 1, 3, 1]) == pytest.approx([expected[i] for i in (2, 0, 1, 3, 1)])
+        assert expected[0] != regularizer.alpha
+
+
+def test_a_call_with_an_index_is_a_step_unless_told_otherwise():
+    regularizer = from_one_to_zero()
+    expected = regularizer.alpha_of(5)
+    assert alphas_of(regularizer, [5]) == pytest.approx([expected])
+    assert regularizer.step == 1
+    with pytest.raises(ValueError, match="counted from 0, got -1"):
+        regularizer.alpha_of(-1)
+
+
+def test_run_interpolated_takes_the_index_of_a_micro_batch():
+    regularizer = from_one_to_zero()
+    with regularizer.one_step():
+        for index in (1, 0):
+            weight = regularizer.run_interpolated(lambda model: model.weight.item(), index=index)
+            assert weight == pytest.approx(1 - regularizer.alpha_of(index))
+    assert regularizer.step == 1
+
+
+def test_a_step_that_is_broken_off_has_not_ended():
+    regularizer = from_one_to_zero()
+    with pytest.raises(ValueError, match="counted from 0"), regularizer.one_step():
+        alphas_of(regularizer, [0, -1])
+    assert regularizer.step == 0
+    with pytest.raises(RuntimeError, match="can't be part"), regularizer.one_step(), regularizer.one_step():
+        pass
+    alphas_of(regularizer, [0])
+    assert regularizer.step == 1
+
+
+@pytest.mark.parametrize("written_out", [False, True])
+def test_the_closures_of_lbfgs_share_an_alpha(written_out: bool):
+    regularizer, alphas, (x, y) = from_one_to_zero(), [], (torch.ones(4, 1).double(), torch.zeros(4, 1).double())
+    model = regularizer.model
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        alphas.append(regularizer.alpha)
+        if not written_out:
+            return regularizer.backward(lambda model: F.mse_loss(model(x), y))
+        loss = F.mse_loss(model(x), y) + regularizer.beta * F.mse_loss(regularizer(x), y)
+        loss.backward()
+        return loss.detach()
+
+    for step in (1, 2):
+        nn.init.ones_(model.weight)
+        optimizer.step(closure)
+        assert regularizer.step == step
+        assert len(alphas) > step
+        assert len(set(alphas)) == step
+
+
+def test_a_closure_that_fails_does_not_hold_the_step_for_ever():
+    regularizer, failing = from_one_to_zero(), [True]
+    optimizer = torch.optim.SGD(regularizer.model.parameters(), lr=0.0)
+
+    def closure() -> Tensor:
+        loss = regularizer.backward(lambda model: model(torch.ones(1).double()).sum())
+        if failing.pop():
+            raise KeyboardInterrupt
+        return loss
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    failing.append(False)
+    optimizer.step(closure)
+    assert regularizer.step == 2  # as without a closure, where the loss had been used before the failure
+    optimizer.step()
+    alphas_of(regularizer, [0])
+    optimizer.step()
+    assert regularizer.step == 3
+
+
+@pytest.mark.parametrize("passes", ["both", "split", "random"])
+@pytest.mark.parametrize("options", [{"strength": 0.0}, {"max_alpha": 0.0}])
+def test_what_adds_nothing_or_is_at_theta_costs_one_pass(options: dict, passes: str):
+    model, calls, (x, y) = nn.Linear(3, 3).double(), [], batch()
+    regularizer = regularizer_away_from_anchor(model, passes=passes, **options)
+    expected = explicit_gradients(regularizer, mse(x, y))
+
+    def loss_fn(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        calls.append(len(x))
+        return F.mse_loss(model(x), y)
+
+    loss = regularizer.backward(loss_fn, x, y)
+    assert calls == [len(x)]
+    torch.testing.assert_close(gradients(model), expected)
+    torch.testing.assert_close(loss, F.mse_loss(model(x), y).detach())
+    assert (regularizer.interpolated_loss is None) == (not regularizer.strength)
+    assert regularizer.step == 1
+
+
+def test_a_regularizer_is_not_kept_alive_by_optimizers():
+    regularizer = from_one_to_zero()
+    gone = weakref.ref(regularizer)
+    del regularizer
+    gc.collect()
+    assert gone() is None
+    torch.optim.SGD([nn.Parameter(torch.ones(1))]).step()
 
 
 def test_alpha_is_uniform_over_its_range():
@@ -248,7 +379,7 @@ def test_a_grad_scaler_scales_both_passes(strategy: str):
     expected = explicit_gradients(regularizer, mse(x, y))
     scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), torch.optim.SGD(model.parameters())
     loss = regularizer.backward(lambda model: scaler.scale(F.mse_loss(model(x), y)))
-    torch.testing.assert_close(loss, 1024 * F.mse_loss(model(x), y).detach())
+    torch.testing.assert_close(loss / scaler.get_scale(), F.mse_loss(model(x), y).detach())
     scaler.unscale_(optimizer)
     torch.testing.assert_close(gradients(model), expected)
 
@@ -499,6 +630,15 @@ def test_a_model_with_nothing_to_train_is_refused():
 def test_an_anchor_of_another_model_is_refused():
     with pytest.raises(WeightMismatchError, match=r"bias: theta \(1,\), anchor \(2,\)"):
         InterpolatedWeightRegularizer(nn.Linear(1, 1), anchor=nn.Linear(1, 2).state_dict())
+
+
+def test_a_quantised_anchor_is_refused():
+    codes = {"weight": torch.full((1, 1), 100, dtype=torch.int8), "bias": torch.zeros(1)}
+    with pytest.raises(WeightMismatchError, match=r"1 of 2 weights of the anchor \(weight \(int8\)\) are not floating"):
+        InterpolatedWeightRegularizer(nn.Linear(1, 1), anchor=codes)
+    regularizer = InterpolatedWeightRegularizer(nn.Linear(1, 1))
+    with pytest.raises(WeightMismatchError, match=r"weight \(int8\)"):
+        regularizer.load_state_dict({"step": 0, "seed": 0, "anchor": codes})
 
 
 def test_weights_frozen_on_the_way_are_named():

@@ -136,15 +136,45 @@ def every_rank_draws_its_alpha_and_gradients_are_their_mean(rank: int) -> None:
     dist.all_gather_object(alphas, regularizer.alpha)
     assert len(set(alphas)) == WORLD_SIZE
 
-    class AtAlpha(InterpolatedWeightRegularizer):
-        alpha = 0.0
-
     single = network()
-    for other in range(WORLD_SIZE):
-        AtAlpha.alpha = alphas[other]
-        AtAlpha(single, anchor=anchor()).backward(mse(*batch_of(other)))
+    reference = InterpolatedWeightRegularizer(single, anchor=anchor())
+    with reference.one_step():
+        for other in range(WORLD_SIZE):
+            assert reference.alpha_of(other) == alphas[other]
+            reference.backward(mse(*batch_of(other)), index=other)
     regularizer.backward(mse(*batch_of(rank)))
     torch.testing.assert_close(gradients(ddp), {n: g / WORLD_SIZE for n, g in gradients(single).items()})
+
+
+def micro_batches_have_the_alphas_of_their_indices_on_any_number_of_ranks(rank: int) -> None:
+    single, ddp = network(), DistributedDataParallel(network())
+    reference = InterpolatedWeightRegularizer(single, anchor=anchor(), alpha_per_rank=False)
+    regularizer = InterpolatedWeightRegularizer(ddp, anchor=anchor())
+    of_rank = range(rank, 4, WORLD_SIZE)
+    for step in range(2):
+        with reference.one_step():
+            for index in range(4):
+                reference.backward(mse(*batch_of(index, step)), index=index)
+        with regularizer.one_step():
+            with ddp.no_sync():
+                regularizer.backward(mse(*batch_of(of_rank[0], step)), index=of_rank[0])
+            regularizer.backward(mse(*batch_of(of_rank[1], step)), index=of_rank[1])
+        torch.testing.assert_close(gradients(ddp), {n: g / WORLD_SIZE for n, g in gradients(single).items()})
+
+
+def a_regularizer_made_before_the_process_group_draws_by_rank_all_the_same(rank: int) -> None:
+    group, dist.is_initialized = dist.is_initialized, lambda: False
+    try:
+        early = InterpolatedWeightRegularizer(network())
+        shared = InterpolatedWeightRegularizer(network(), alpha_per_rank=False, seed=rank)
+    finally:
+        dist.is_initialized = group
+    assert early.alpha == early.alpha_of(rank)
+    assert shared.alpha == shared.alpha_of(0)
+    with pytest.raises(ValueError, match=r"seed must be the same on every rank where they share alpha, got \[0, 1\]"):
+        shared.backward(mse(*batch_of(rank)))
+    shared.seed = 3
+    shared.backward(mse(*batch_of(rank)))
 
 
 def all_reduces_of(step) -> int:

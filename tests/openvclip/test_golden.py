@@ -72,11 +72,14 @@ def test_patched_weights_match_the_published_interpolation(golden: Golden) -> No
 class FixedAlpha(InterpolatedWeightRegularizer):
     """The regularizer at the alpha that the published step had drawn."""
 
-    alpha = 0.3
+    ALPHA = 0.3
+
+    def alpha_of(self, index: int | None = None) -> float:
+        return self.ALPHA
 
 
 def test_regularizer_hands_the_published_gradients_to_the_optimizer(golden: Golden) -> None:
-    assert FixedAlpha.alpha == golden.config["alpha"]
+    assert golden.config["alpha"] == FixedAlpha.ALPHA
     regularizer = FixedAlpha(golden.model, strength=golden.config["C"], anchor=golden.anchor)
     loss = regularizer.backward(lambda model: F.cross_entropy(golden.logits(model), golden.tensors["labels"]))
     torch.testing.assert_close(loss, golden.tensors["loss"], **CLOSE)
