@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from applications.openvclip.zeroshot.one_pass import Reading, Scorer, at_weights
 from applications.openvclip.zeroshot.passes import plan
 from applications.openvclip.zeroshot.protocols import Protocol
 from applications.openvclip.zeroshot.results import BASELINE, ProtocolResult
-from applications.openvclip.zeroshot.scores import result_of
+from applications.openvclip.zeroshot.scores import results_of
 from interpolate import patch
 from interpolate.weights import Weights
 
@@ -35,10 +36,18 @@ class Evaluation:
     """Where to evaluate along the path; at 0, the fine-tuned weights themselves, always."""
     reading: Reading
 
+    def __post_init__(self) -> None:
+        twice = [name for name, n in Counter(protocol.name for protocol in self.protocols).items() if n > 1]
+        if twice:
+            raise ValueError(
+                f"{', '.join(twice)}: several sets or protocols of this name, and results are kept by name. Evaluate "
+                'each once, or give them names of their own: the "name" in a protocol\'s file, the folder of a set.'
+            )
+
     def __call__(self, anchor: Weights, theta: Weights | None, folder: Path) -> list[ProtocolResult]:
         """The accuracies of CLIP* and, where there are fine-tuned weights, at every anchor weight.
 
-        Processes of torchrun share the videos; all return the same results.
+        Processes of torchrun share the videos; the first one returns the results, the others none.
 
         Args:
             anchor: The pretrained weights.
@@ -64,8 +73,9 @@ class Evaluation:
                     weights=f"{fingerprint(weights)}, edge {self.edge}",
                     advance=lambda n: progress.advance(task, n),
                 )
-                results |= {protocol.name: result_of(protocol, one, files) for protocol in group}
-        return [results[protocol.name] for protocol in self.protocols]
+                if distributed.rank() == 0:
+                    results |= {result.protocol: result for result in results_of(group, one, files)}
+        return [results[protocol.name] for protocol in self.protocols] if results else []
 
 
 def scorers_of(

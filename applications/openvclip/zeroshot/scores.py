@@ -2,47 +2,57 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from applications.openvclip.zeroshot import metrics
+from applications.openvclip.data.manifest import Manifest
 from applications.openvclip.zeroshot.logits import LogitFiles
 from applications.openvclip.zeroshot.passes import Pass
 from applications.openvclip.zeroshot.protocols import Protocol
 from applications.openvclip.zeroshot.results import ProtocolResult
 
 
-def result_of(protocol: Protocol, one: Pass, files: LogitFiles) -> ProtocolResult:
-    """The accuracies of a protocol: a selection of rows and columns of the logits of its pass.
+def results_of(protocols: Sequence[Protocol], one: Pass, files: LogitFiles) -> list[ProtocolResult]:
+    """The accuracies of the protocols of a pass: each is a selection of rows and columns of its logits.
+
+    The logits are read once, a part at a time.
 
     Raises:
         ValueError: No video of a part could be read, and unreadable ones are to be left out.
     """
     row = {location: i for i, location in enumerate(one.videos)}
-    column = {name: i for i, name in enumerate(one.classes)}
-    logits = torch.from_numpy(files.read()).sum(dim=2)  # (videos, scorers, classes): views are added
     reasons = files.unreadable()
     scorers: list[str] = files.content["scorers"]
+    parts = [[_Part(part, one, row, p.top_k, len(scorers)) for part in p.parts] for p in protocols]
+    for videos, logits in files.chunks():
+        scores = torch.from_numpy(logits).sum(dim=2)  # (videos, scorers, classes): views are added
+        for part in chain.from_iterable(parts):
+            part.add(videos, scores)
+    return [_result(p, own, scorers, row, reasons) for p, own in zip(protocols, parts, strict=True)]
+
+
+def _result(
+    protocol: Protocol, parts: list[_Part], scorers: list[str], row: dict[str, int], reasons: dict[int, str]
+) -> ProtocolResult:
     accuracy = {scorer: {f"top-{k}": [] for k in protocol.top_k} for scorer in scorers}
-    answers: dict[str, list[tuple[torch.Tensor, list[str]]]] = {scorer: [] for scorer in scorers}
-    videos: set[str] = set()
-    for part in protocol.parts:
-        locations = [part.location(i) for i in range(len(part))]
-        videos.update(locations)
-        kept = [i for i, at in enumerate(locations) if protocol.unreadable == "wrong" or row[at] not in reasons]
-        if not kept:
-            raise ValueError(f"{protocol.name}, {part.name}: none of its {len(part)} videos could be read.")
-        rows = torch.tensor([row[locations[i]] for i in kept])
-        columns = torch.tensor([column[name] for name in part.classes])
-        labels = torch.tensor([part.labels[i] for i in kept])
+    answers: dict[str, list[tuple[Tensor, Tensor, tuple[str, ...]]]] = {scorer: [] for scorer in scorers}
+    for part in parts:
+        counted = torch.tensor([protocol.unreadable == "wrong" or i not in reasons for i in part.rows.tolist()])
+        if not counted.any():
+            name, n = part.manifest.name, len(part.manifest)
+            raise ValueError(f"{protocol.name}, {name}: none of its {n} videos could be read.")
+        labels = part.labels[counted]
         for s, scorer in enumerate(scorers):
-            selected = logits[rows, s][:, columns]
             for k in protocol.top_k:
-                accuracy[scorer][f"top-{k}"].append(metrics.top_k_accuracy(selected, labels, k))
-            correct = metrics.top_k_correct(selected, labels)
-            answers[scorer].append((correct, [part.classes[i] for i in labels.tolist()]))
+                accuracy[scorer][f"top-{k}"].append(part.correct[k][s, counted].double().mean().item())
+            answers[scorer].append((part.correct[1][s, counted], labels, part.manifest.classes))
+    videos = {part.location(i) for part in protocol.parts for i in range(len(part))}
     return ProtocolResult(
         protocol=protocol.name,
         hash=protocol.hash,
@@ -60,10 +70,43 @@ def result_of(protocol: Protocol, one: Pass, files: LogitFiles) -> ProtocolResul
     )
 
 
-def _per_class(answers: Sequence[tuple[torch.Tensor, list[str]]]) -> dict[str, float]:
-    correct = torch.cat([correct for correct, _ in answers])
-    shown = [name for _, names in answers for name in names]
-    classes = sorted(set(shown))
-    index = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([index[name] for name in shown])
-    return dict(zip(classes, metrics.per_class_accuracy(correct, labels, len(classes)).tolist(), strict=True))
+class _Part:
+    """Which rows of a part are right, by scorer: all that is kept of the logits. Rows without logits are wrong."""
+
+    def __init__(self, part: Manifest, one: Pass, row: dict[str, int], top_k: Sequence[int], n_scorers: int) -> None:
+        self.manifest = part
+        self.rows = torch.tensor([row[part.location(i)] for i in range(len(part))])
+        """The row of the pass that each row of the part is."""
+        self.labels = torch.tensor(part.labels)
+        column = {name: i for i, name in enumerate(one.classes)}
+        self.columns = torch.tensor([column[name] for name in part.classes])
+        self.correct = {k: torch.zeros(n_scorers, len(part), dtype=torch.bool) for k in {1, *top_k}}
+        self._place = torch.full((len(one.videos),), -1)
+
+    def add(self, videos: np.ndarray, scores: Tensor) -> None:
+        """Take in the scores (n, scorers, classes) of n videos of the pass."""
+        indices = torch.from_numpy(videos)
+        self._place[indices] = torch.arange(len(videos))
+        places = self._place[self.rows]
+        self._place[indices] = -1
+        here = (places >= 0).nonzero().squeeze(1)
+        selected = scores[places[here]][:, :, self.columns]
+        for k, correct in self.correct.items():
+            for s in range(scores.shape[1]):
+                correct[s, here] = top_k_correct(selected[:, s], self.labels[here], k)
+
+
+def _per_class(answers: Sequence[tuple[Tensor, Tensor, tuple[str, ...]]]) -> dict[str, float]:
+    """Top-1 of each class that is shown, over all parts: (correct, labels, classes) of each part."""
+    right: Counter[str] = Counter()
+    shown: Counter[str] = Counter()
+    for correct, labels, classes in answers:
+        for label, n in Counter(labels.tolist()).items():
+            shown[classes[label]] += n
+            right[classes[label]] += int(correct[labels == label].sum())
+    return {name: right[name] / shown[name] for name in sorted(shown)}
+
+
+def top_k_correct(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
+    """Whether each video's class is among its k highest logits: (videos, classes) and (videos,) → (videos,) bool."""
+    return (logits.topk(k, dim=1).indices == labels.unsqueeze(1)).any(dim=1)
