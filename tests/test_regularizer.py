@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
-from interpolate import InterpolatedWeightRegularizer, WeightMismatchError, patch
+from interpolate import InterpolatedWeightRegularizer, WeightMismatchError
 from interpolate.weights import trainable_weights
 
 F = nn.functional
@@ -29,8 +29,10 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def explicit_gradients(regularizer: InterpolatedWeightRegularizer, loss_fn) -> dict[str, Tensor]:
     """`g(theta) + strength * g(theta_tilde)` from two explicit copies of the model."""
     plain, tilde = copy.deepcopy(regularizer.model), copy.deepcopy(regularizer.model)
-    theta = trainable_weights(plain)
-    tilde.load_state_dict(patch(regularizer.anchor, theta, anchor_weight=regularizer.alpha), strict=False)
+    theta, alpha = trainable_weights(plain), regularizer.alpha
+    with torch.no_grad():
+        for name, p in trainable_weights(tilde).items():
+            p.copy_((1 - alpha) * theta[name] + alpha * regularizer.anchor[name])
     loss_fn(plain).backward()
     loss_fn(tilde).backward()
     g, g_tilde = gradients(plain), gradients(tilde)
