@@ -1,5 +1,6 @@
 """Frames by index out of real files of many codecs, and clear errors for what is no video."""
 
+import re
 import shutil
 import wave
 from fractions import Fraction
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from applications.openvclip.data import decode
-from applications.openvclip.data.decode import Video, VideoReadError, probe, read_with_decord, read_with_pyav
+from applications.openvclip.data.decode import Video, VideoReadError
 from tests.openvclip.files import numbered, numbers, ramp, write_video
 
 CODECS = [
@@ -43,43 +44,6 @@ def test_frames_are_those_that_were_asked_for(tmp_path: Path, name: str, codec: 
         assert numbers(frames) == wanted
 
 
-def test_decord_is_trusted_only_where_it_is_exact(tmp_path: Path) -> None:
-    trusted = {name: probe(write_video(tmp_path / name, numbered(60), codec, **o)) for name, codec, o in CODECS}
-    names = {name for name, stream in trusted.items() if stream.decord_is_exact}
-    assert names == {"a.mp4", "groups.mp4", "a.mkv", "a.webm", "av1.mp4"}
-    # the reason for not trusting it: it is one frame off, without a word
-    stream = trusted["open_groups.mp4"]
-    path = tmp_path / "open_groups.mp4"
-    assert numbers(read_with_decord(path, stream, (96, 128), [13, 14, 15])) != [13, 14, 15]
-
-
-@pytest.mark.parametrize("name", ["a.mp4", "groups.mp4", "a.webm"])
-def test_both_readers_give_the_same_pixels_at_a_constant_frame_rate(tmp_path: Path, name: str) -> None:
-    codec, options = next((codec, options) for n, codec, options in CODECS if n == name)
-    path = write_video(tmp_path / name, numbered(60), codec, **options)
-    stream = probe(path)
-    indices = [0, 9, 10, 11, 35, 59]
-    a, b = (read(path, stream, (96, 128), indices).astype(int) for read in (read_with_decord, read_with_pyav))
-    assert np.abs(a - b).mean() < 1  # the two round colours in different places
-
-
-@pytest.mark.parametrize("side", [16, 24, 32, 40, 48, 96, 224])
-def test_decord_serves_small_models_too(tmp_path: Path, side: int) -> None:
-    path = write_video(tmp_path / "a.mp4", ramp(30, 128, 128))
-    frames = read_with_decord(path, probe(path), (side, side), [3, 20])
-    assert frames.shape == (2, side, side, 3)
-    np.testing.assert_allclose(frames.mean(axis=(1, 2, 3)), [24, 160], atol=3)
-
-
-@pytest.mark.parametrize("name", ["k400_arm_wrestling.mp4", "k400_flipping_pancake.mkv", "part_0.mp4"])
-def test_both_readers_give_the_same_pixels_of_real_clips(real_videos: Path, name: str) -> None:
-    stream = probe(real_videos / name)
-    size = stream.upright_size
-    indices = np.linspace(0, stream.frames - 1, 7).astype(int).tolist()
-    a, b = (read(real_videos / name, stream, size, indices).astype(int) for read in (read_with_decord, read_with_pyav))
-    assert np.abs(a - b).mean() < 1
-
-
 @pytest.mark.parametrize(
     ("name", "frames", "size"),
     [
@@ -104,7 +68,8 @@ def test_real_clips_equal_a_plain_decoding_from_start_to_end(
     wanted = [frames - 1, 0, frames // 2]
     for got, i in zip(video.frames(wanted).astype(int), wanted, strict=True):
         differences = [np.abs(got - other).mean() for other in whole]
-        assert differences[i] == min(differences) < 2
+        # to_ndarray puts the colours of 10-bit pictures elsewhere between pixels; all others are equal bit for bit
+        assert differences[i] == min(differences) <= (3 if "10bits" in name else 0)
 
 
 def rotated(path: Path, degrees: int, source: Path) -> Path:
@@ -134,12 +99,10 @@ def test_rotation_is_honoured_at_any_size(tmp_path: Path, degrees: int) -> None:
 
 
 @pytest.mark.parametrize(("height", "width", "short_side"), [(96, 128, 48), (128, 96, 33), (48, 64, 224), (64, 64, 32)])
-@pytest.mark.parametrize("reader", ["decord", "PyAV"])
-def test_frames_are_resized_while_decoding(tmp_path: Path, height, width, short_side, reader) -> None:
-    codec, name = ("libx264", "a.mp4") if reader == "decord" else ("mpeg4", "a.avi")
-    path = write_video(tmp_path / name, ramp(20, height, width), codec)
-    video = Video(path, short_side)
-    assert video.stream.decord_is_exact == (reader == "decord")
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("a.avi", "mjpeg")])
+def test_frames_are_resized_while_decoding(tmp_path: Path, height, width, short_side, name, codec) -> None:
+    pixel_format = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    video = Video(write_video(tmp_path / name, ramp(20, height, width), codec, pixel_format=pixel_format), short_side)
     frames = video.frames([2, 16])
     assert min(frames.shape[1:3]) == short_side
     assert max(frames.shape[1:3]) == round(max(height, width) * short_side / min(height, width))
@@ -175,14 +138,22 @@ def test_a_video_of_one_frame_is_a_video(tmp_path: Path) -> None:
         assert video.frames([0, 0]).shape == (2, 48, 64, 3)
 
 
-def test_where_decord_fails_pyav_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_video(tmp_path / "a.mp4", numbered(20))
+@pytest.mark.parametrize("error", [RuntimeError("no"), KeyError("no"), type("LimitReached", (Exception,), {})("no")])
+def test_whatever_a_reader_raises_is_an_unreadable_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    path = write_video(tmp_path / "a.mp4", numbered(3))
+    video = Video(path)
 
-    def fail(*args: object, **more: object) -> None:
-        raise decode.decord.DECORDError("no")
+    def fail(*args: object) -> None:
+        raise error
 
-    monkeypatch.setattr(decode.decord, "VideoReader", fail)
-    assert numbers(Video(path).frames([19, 4])) == [19, 4]
+    monkeypatch.setattr(decode.Reader, "read", fail)
+    with pytest.raises(VideoReadError, match=r"a\.mp4: frames 1 to 2 of 3 could not be decoded; .* '?no"):
+        video.frames([2, 1])
+    monkeypatch.setattr(decode, "Reader", fail)
+    with pytest.raises(VideoReadError, match=r"a\.mp4: \d+ bytes, not a readable video\. '?no"):
+        Video(path)
 
 
 @pytest.mark.parametrize(
@@ -212,20 +183,26 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         Video(tmp_path / "absent.mp4")
 
 
-def test_a_truncated_file_is_named_or_has_fewer_frames(tmp_path: Path) -> None:
-    def cut(name: str, codec: str) -> Path:
-        path = write_video(tmp_path / name, numbered(60, 240, 320), codec, g="10")
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        return path
+def test_of_a_file_that_was_cut_off_the_frames_that_are_left_are_used_and_the_rest_is_told(tmp_path: Path) -> None:
+    def cut(name: str, codec: str, **options: str) -> Video:
+        path = write_video(tmp_path / name, numbered(60, 240, 320), codec, g="10", **options)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+        return Video(path)
 
     with pytest.raises(VideoReadError, match=r"a\.mp4: \d+ bytes, not a readable video"):  # its index is at its end
-        Video(cut("a.mp4", "libx264"))
-    for name, codec in (("a.mkv", "libx264"), ("a.avi", "mpeg4")):
-        video = Video(cut(name, codec))
-        assert 20 < len(video) < 40
-        first, last = numbers(video.frames([0, len(video) - 1]))
+        cut("a.mp4", "libx264")
+    for name, codec, told in (
+        ("a.mkv", "libx264", r"1\.\d of the 2\.4 s that it announces are there"),
+        ("a.webm", "libvpx", r"1\.\d of the 2\.4 s that it announces are there"),
+        ("a.avi", "mpeg4", r"\d\d of the 60 frames that it announces are there"),
+        ("a.ts", "libx264", r"it breaks off inside a frame"),
+    ):
+        video = cut(name, codec)
+        assert 20 < len(video) < 45
+        assert re.fullmatch(told, video.shortfall)
+        first, last = numbers(video.frames([0, len(video) - 2]))
         assert first == 0
-        assert len(video) - 1 <= last <= len(video) + 2  # frames that the last ones refer to may be lost
+        assert len(video) - 2 <= last <= len(video) + 2  # frames that the last ones refer to may be lost
 
 
 def test_a_damaged_file_gives_an_error_and_no_made_up_frames(real_videos: Path) -> None:

@@ -335,7 +335,7 @@ def test_inspect_counts_and_writes_a_manifest(tmp_path: Path, capsys: pytest.Cap
     assert "Archery/empty.mp4: 0 bytes, not a readable video" in out
     assert "frames: 20 to 30, median 25" in out
     assert "frame rates: 25 (1), 10 (1)" in out
-    assert "readers: decord (1), PyAV (1)" in out
+    assert "cut off, and used as far as they go: 0" in out
     written = read_manifest(tmp_path / "m.csv")
     assert rows(written) == [
         (str(root / "ApplyLipstick" / "a.mp4"), "Apply Lipstick"),

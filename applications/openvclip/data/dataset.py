@@ -63,7 +63,7 @@ class TrainingClips:
         rng = np.random.default_rng([self.seed, key[0], i])
         short_side = self.augmentation.short_side(self.size, rng)
         with opened(self.manifest.location(i), self.cache, short_side) as video:
-            frames = video.frames(self.sampling.training_clip(len(video), video.frames_per_second, rng).tolist())
+            frames = video.chosen(lambda n, fps: self.sampling.training_clip(n, fps, rng).tolist())
         clip = transforms.training_clip(frames, size=self.size, augmentation=self.augmentation, rng=rng)
         return clip.numpy(), self.manifest.labels[i]
 
@@ -79,8 +79,9 @@ class EvaluationViews:
     def __call__(self, location: str) -> np.ndarray:
         s = self.sampling
         with opened(location, self.cache, self.size) as video:
-            indices = [s.test_clip(len(video), video.frames_per_second, view) for view in range(s.views)]
-            frames = video.frames(np.concatenate(indices).tolist())
+            frames = video.chosen(
+                lambda n, fps: np.concatenate([s.test_clip(n, fps, view) for view in range(s.views)]).tolist()
+            )
         clips = frames.reshape(s.views, s.frames, *frames.shape[1:])
         crops = [transforms.evaluation_crops(clip, size=self.size, crops=s.crops).numpy() for clip in clips]
         return np.concatenate(crops)

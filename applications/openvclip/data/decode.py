@@ -94,6 +94,22 @@ class Video:
             )
         return np.stack([found[i] for i in indices])
 
+    def chosen(self, choose: Callable[[int, float], Sequence[int]]) -> np.ndarray:
+        """The frames that a function of the number of frames and the frame rate chooses.
+
+        Where decoding shows that there are fewer frames than the file promised, it is asked again.
+
+        Raises:
+            VideoReadError: A frame could not be decoded.
+        """
+        promised = len(self)
+        try:
+            return self.frames(choose(promised, self.frames_per_second))
+        except VideoReadError:
+            if len(self) == promised:
+                raise
+        return self.frames(choose(len(self), self.frames_per_second))
+
 
 def _read(action: Callable[[], T], what: Callable[[], str]) -> T:
     """The one place where readers written by others are called, and where whatever they raise becomes our error."""

@@ -32,10 +32,10 @@ class Key:
 class Index:
     """The frames of a file, where its packets tell."""
 
-    times: list[int | None]
-    """When each frame is shown, in order of presentation; None where the time stamps of packets do not tell."""
+    times: list[int]
+    """When frames are shown, in order of presentation."""
     keys: list[Key]
-    """In order of presentation; none where frames can't be told by their times."""
+    """In order of presentation; none where a frame does not carry the time of its packet."""
 
     def key_before(self, time: int) -> Key:
         return self.keys[bisect_right(self.keys, time, key=lambda key: key.pts) - 1]
@@ -72,13 +72,13 @@ def index_of(container: InputContainer, stream: VideoStream) -> Index | None:
         return None
     if not times or shortfall(container, stream, n, last):
         return None
-    if pictures.packed:
-        return Index([None] * len(times), [])
     times.sort()
+    if pictures.packed:
+        return Index(times, [])
     in_order = all(a.pts < b.pts for a, b in pairwise(keys))
     if len(set(times)) < len(times) or not in_order or times[0] < keys[0].pts:
         return None
-    return Index([*times], keys)
+    return Index(times, keys)
 
 
 class _Pictures:

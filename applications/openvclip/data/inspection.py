@@ -23,7 +23,7 @@ class LookAt:
 
     def __call__(self, location: str) -> Stream:
         with opened(location, self.cache) as video:
-            video.frames([len(video) - 1])
+            video.chosen(lambda n, _: [n - 1])
             return video.stream
 
 
@@ -41,11 +41,14 @@ class Inspection:
         """The findings as lines of text."""
         m = self.manifest
         per_class = np.bincount(m.labels, minlength=len(m.classes))
+        cut_off = {i: stream.shortfall for i, stream in self.streams.items() if stream.shortfall}
         lines = [
             f"{m.name}: {len(m)} videos of {len(m.classes)} classes in {m.root}",
             f"videos of a class: {per_class.min()} to {per_class.max()}, median {np.median(per_class):g}",
             f"unreadable: {len(self.unreadable)}",
             *(f"  {reason}" for reason in self.unreadable.values()),
+            f"cut off, and used as far as they go: {len(cut_off)}",
+            *(f"  {m.location(i)}: {missing}" for i, missing in cut_off.items()),
         ]
         if self.streams:
             streams = self.streams.values()
@@ -56,7 +59,6 @@ class Inspection:
                 f"frame rates: {_counts([f'{s.frames_per_second:.4g}' for s in streams])}",
                 f"frame sizes: {_counts(['{1}x{0}'.format(*s.upright_size) for s in streams])}",
                 f"codecs: {_counts([s.codec for s in streams])}",
-                f"readers: {_counts(['decord' if s.decord_is_exact else 'PyAV' for s in streams])}",
             ]
         return lines
 

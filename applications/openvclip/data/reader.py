@@ -119,7 +119,7 @@ class Reader:
 
     def _by_time(self, index: Index, indices: Sequence[int], convert: Convert) -> dict[int, np.ndarray]:
         """The frames, each from the last key frame before it; fewer where they are not what the packets promised."""
-        number = {time: i for i in indices if (time := index.times[i]) is not None}
+        number = {index.times[i]: i for i in indices}
         found = {}
         for key, times in groupby(number, index.key_before):
             missing = {key.pts, *times}
