@@ -12,7 +12,16 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from two_ranks import WORLD_SIZE, claims_of, outcomes
 
-from interpolate import EMAAverager, LAWAAverager, SWAAverager, WeightAverager, patch, reestimate_batchnorm
+from interpolate import (
+    EMAAverager,
+    LAWAAverager,
+    SWAAverager,
+    WeightAverager,
+    WeightMismatchError,
+    patch,
+    reestimate_batchnorm,
+    slerp,
+)
 
 FAMILY = [SWAAverager, partial(EMAAverager, decay=0.7), partial(LAWAAverager, k=2)]
 
@@ -131,6 +140,39 @@ def shards_are_patched_as_shards(rank: int) -> None:
     expected = patch(full(anchor), full(averager.weights), anchor_weight=0.25)
     torch.testing.assert_close(full(patched), expected, rtol=0, atol=0)
     assert all(patched[n].placements == p.placements for n, p in model.named_parameters())
+
+
+def unevenly_sharded_weights_are_mixed_along_the_arc_of_the_whole(rank: int) -> None:
+    model = sharded()  # 7 rows, and 1, on 2 ranks
+    anchor = {n: p.detach().clone() for n, p in model.named_parameters()}
+    theta = {n: p + p.cos() for n, p in anchor.items()}
+    mixed = slerp(anchor, theta, anchor_weight=0.3)
+    assert all(mixed[n].placements == p.placements for n, p in anchor.items())
+    torch.testing.assert_close(full(mixed), slerp(full(anchor), full(theta), anchor_weight=0.3))
+
+
+def long_averages_of_shards_are_within_a_last_bit(rank: int) -> None:
+    for device in (None, "cpu"):
+        for dtype in (torch.float32, torch.bfloat16):
+            model = fully_shard(network().to(dtype), mesh=init_device_mesh("cpu", (WORLD_SIZE,)))
+            averager = SWAAverager(model, device=device)
+            for value, n in ((1.0, 100), (1.0078125, 900)):  # both are bf16
+                with torch.no_grad():
+                    for p in model.parameters():
+                        p.fill_(value)
+                for _ in range(n):
+                    averager.update()
+            for average in full(averager.weights).values():
+                assert average.dtype is torch.float32
+                torch.testing.assert_close(average, torch.full_like(average, 1 + 0.9 / 128), rtol=2**-23, atol=0)
+
+
+def a_model_sharded_after_its_averager_is_refused(rank: int) -> None:
+    model = network()
+    averager = SWAAverager(model)
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD_SIZE,)))
+    with pytest.raises(WeightMismatchError, match=r"0\.weight is sharded as .* Make the averager after fully_shard"):
+        averager.update()
 
 
 CLAIMS = claims_of(__name__)
