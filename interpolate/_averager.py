@@ -21,10 +21,9 @@ class WeightAverager(ABC):
     """What the averagers share: a snapshot every `cycle_steps` steps after the first `start_step` steps.
 
     Trainable weights are averaged by name, and the average is exact however long it gets: snapshots are summed in
-    float64 and the mean is rounded once, to float32 (float64 weights to float64). After 100,000 snapshots it is within
-    one last bit of float32 of the true mean of numbers of one sign; where they cancel, the error is up to that of their
-    mean magnitude, times 1e-11. The sum takes 8 bytes a weight, two copies of float32 weights, and an update reads
-    and writes it once, which takes as long as about two copies.
+    float64, and the mean is rounded once, to float32 (float64 weights to float64). After 100,000 snapshots it is within
+    one last bit of float32; where snapshots cancel, within 1e-11 of their mean magnitude. The sum takes 8 bytes a
+    weight, as two copies of float32 weights do, and an update takes as long as two to two and a half such copies.
 
     Buffers that belong to the model's state are copied at every snapshot, not averaged; those that don't
     (`persistent=False`: caches, positions) stay the model's own. Under FSDP2 every rank averages its shards and nothing

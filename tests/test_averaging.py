@@ -265,6 +265,15 @@ def test_a_long_average_is_within_a_last_bit_of_the_exact_one(kind, coefficients
         assert last_bits(average, share @ torch.stack(points[name])) <= 1
 
 
+def test_a_decay_of_zero_forgets_everything():
+    model = nn.Linear(1, 1, bias=False)
+    averager = EMAAverager(model, decay=0, warmup=False)
+    for value in (1e30, 0):
+        nn.init.constant_(model.weight, value)
+        averager.update()
+    assert averager.weights["weight"] == 0
+
+
 def test_a_long_average_that_cancels_is_as_exact_as_its_terms():
     model, n = nn.Linear(256, 1, bias=False), 2_001
     averager = SWAAverager(model)
