@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from interpolate._sharding import is_sharded
 from interpolate.weights import check_coefficient, lerp, listed, mixing_precision
 
 T = TypeVar("T")
@@ -91,12 +92,18 @@ def _sum_of_tasks(tensors: list[Tensor], scales: Sequence[float]) -> Tensor:
 
 def _slerp(theta: Tensor, anchor: Tensor, anchor_weight: float) -> Tensor:
     a, b = theta.detach().double(), anchor.detach().to(theta.device).double()
-    cosine = a.flatten().dot(b.flatten()) / (a.norm() * b.norm())
+    cosine = _dot(a, b) / (_dot(a, a).sqrt() * _dot(b, b).sqrt())
     angle = torch.acos(cosine.clamp(-1, 1))
     if anchor_weight in (0, 1) or not angle.sin() > 1e-6:  # nearly parallel, or a zero vector
         return lerp(theta, anchor, anchor_weight)
-    mixed = ((1 - anchor_weight) * angle).sin() * a + (anchor_weight * angle).sin() * b
-    return (mixed / angle.sin()).to(theta.dtype)
+    of_theta, of_anchor = (((w * angle).sin() / angle.sin()).item() for w in (1 - anchor_weight, anchor_weight))
+    return (of_theta * a + of_anchor * b).to(theta.dtype)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of whole tensors, however they are sharded."""
+    products: Any = (a * b).sum()
+    return products.full_tensor() if is_sharded(products) else products
 
 
 def checked(name: str, mixed: Tensor, tensors: list[Tensor]) -> Tensor:
