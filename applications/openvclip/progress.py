@@ -1,19 +1,72 @@
-"""The one way in which long work shows how far it is."""
+"""The one way in which long work shows how far it is: a bar in a terminal, lines in a log."""
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
+from typing import Any
+
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_LINE_S = 30.0
 
 
-def progress_bar(console: Console | None = None) -> Progress:
-    """A bar with what is done, of how much, since when, and the estimated time left."""
+def progress_bar(console: Console | None = None, unit: str = "videos") -> Progress:
+    """What is done, of how much, since when, how fast, and the estimated time left.
+
+    Args:
+        console: Where to; by default the standard output.
+        unit: What is counted.
+    """
+    console = console or Console()
+    if not console.is_terminal:
+        return _Lines(console, unit)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn(unit),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
     )
+
+
+class _Lines(Progress):
+    """A line every half minute, and one at the end."""
+
+    def __init__(self, console: Console, unit: str) -> None:
+        super().__init__(console=console, disable=True)
+        self.unit = unit
+        self._last = time.monotonic()
+
+    def update(self, task_id: TaskID, **values: Any) -> None:
+        super().update(task_id, **values)
+        self._say(self._tasks[task_id])
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._say(self._tasks[task_id])
+
+    def _say(self, task: Task) -> None:
+        now = time.monotonic()
+        if now - self._last < _LINE_S and not task.finished:
+            return
+        self._last = now
+        speed = f", {task.speed:.3g} {self.unit}/s" if task.speed else ""
+        left = "" if task.time_remaining is None else f", {timedelta(seconds=int(task.time_remaining))} left"
+        done, total = int(task.completed), int(task.total or 0)
+        self.console.print(
+            f"{task.description}: {done} of {total} {self.unit}{speed}{left}", soft_wrap=True, highlight=False
+        )

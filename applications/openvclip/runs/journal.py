@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,10 +17,16 @@ class Journal:
     path: Path
 
     def write(self, event: str, **values: Any) -> None:
-        """Append one line: `{"event": event, "time": …, **values}`."""
+        """Append one line: `{"event": event, "time": …, **values}`, in place of one that a crash left incomplete."""
         time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, "time": time, **values}) + "\n")
+        line = json.dumps({"event": event, "time": time, **values}) + "\n"
+        with self.path.open("ab+") as file:
+            if end := file.seek(0, os.SEEK_END):
+                file.seek(end - 1)
+                if file.read(1) != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(line.encode())
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:

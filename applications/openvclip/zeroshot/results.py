@@ -76,7 +76,24 @@ def write_results(path: Path, results: Results) -> None:
 
 
 def read_results(path: Path) -> Results:
-    """What `write_results` wrote."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content.pop("metric")
-    return cattrs.Converter(forbid_extra_keys=True).structure(content, Results)
+    """What `write_results` wrote.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; an evaluation that has ended leaves one in its folder.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content.pop("metric")
+        return cattrs.Converter(forbid_extra_keys=True, detailed_validation=False).structure(content, Results)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        cattrs.BaseValidationError,
+        cattrs.ForbiddenExtraKeysError,
+    ) as error:
+        raise ValueError(f"{path} is not the results of an evaluation, as `openvclip evaluate` writes them.") from error
