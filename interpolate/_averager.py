@@ -23,7 +23,7 @@ class WeightAverager(ABC):
     Trainable weights are averaged by name, and the average is exact however long it gets: snapshots are summed in
     float64, and the mean is rounded once, to float32 (float64 weights to float64). After 100,000 snapshots it is within
     one last bit of float32; where snapshots cancel, within 1e-11 of their mean magnitude. The sum takes 8 bytes a
-    weight, as two copies of float32 weights do, and an update takes as long as two to two and a half such copies.
+    weight, as two copies of float32 weights do, and an update takes as long as about two and a half copies.
 
     Buffers that belong to the model's state are copied at every snapshot, not averaged; those that don't
     (`persistent=False`: caches, positions) stay the model's own. Under FSDP2 every rank averages its shards and nothing
