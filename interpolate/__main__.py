@@ -209,19 +209,20 @@ def _function(text: str) -> Callable[[Any], float]:
     module, _, name = text.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        function: Any = getattr(importlib.import_module(module), name, None) if module and name else None
+        function = getattr(importlib.import_module(module), name, None) if module and name else None
     except ModuleNotFoundError as error:
         if not f"{module}.".startswith(f"{error.name}."):  # one that the user's module imports
             raise _EvaluateError(error) from error
         raise ValueError(f"--evaluate takes MODULE:FUNCTION, got {text!r}: {error}.") from error
     except Exception as error:
         raise _EvaluateError(error) from error
-    if not callable(function):
+    if function is None or not callable(function):
         raise ValueError(f"--evaluate takes MODULE:FUNCTION, got {text!r}: there is no such function.")
 
     def evaluate(weights: Any) -> float:
         try:
-            return float(function(weights))
+            value: Any = function(weights)
+            return float(value)
         except Exception as error:
             raise _EvaluateError(error) from error
 

@@ -98,8 +98,15 @@ class Comparison:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two contiguous tensors are of one dtype and hold the same bits: nan is itself, and 0.0 is not -0.0."""
-    return a.dtype is b.dtype and torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
+    """Whether two tensors are of one dtype and shape and hold the same bits: nan is itself, and 0.0 is not -0.0."""
+    return a.dtype is b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    flat = tensor.flatten()
+    if flat.stride(0) != 1:  # also of no or of one element, which torch calls contiguous with any stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
 
 
 def as_json(found: Any) -> str:

@@ -181,6 +181,13 @@ def test_diff_is_exact(pair: Path, a: Tensor, b: Tensor):
     assert not diff("a.pt", "a.pt").differs
 
 
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_slices_are_compared(pair: Path, size: int):
+    saved(a=torch.arange(2 * size)[::2], b=torch.arange(2 * size)[::2] + 1)
+    assert not diff("a.pt", "a.pt").differs
+    assert diff("a.pt", "b.pt").differs == bool(size)
+
+
 def test_the_same_nan_does_not_differ(pair: Path):
     saved(a=torch.tensor([torch.nan, torch.inf]), b=torch.tensor([torch.nan, torch.inf]))
     (found,) = diff("a.pt", "b.pt").tensors
