@@ -286,7 +286,8 @@ def _write_safetensors(
         file.write(before)
         for name in names:
             for piece in pieces(name):
-                file.write(_bytes(piece.contiguous()))
+                contiguous = piece.contiguous()  # named, or its memory would be gone before it is written
+                file.write(_bytes(contiguous))
         after = header(True)
         assert len(after) == len(before)
         file.seek(0)
