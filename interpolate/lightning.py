@@ -70,6 +70,8 @@ class RegularizerCallback(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         regularizer = self.regularizer
         assert regularizer is not None
+        if not regularizer.strength:
+            return
         factor = regularizer.strength / trainer.accumulate_grad_batches
         scaler = getattr(trainer.precision_plugin, "scaler", None)
 

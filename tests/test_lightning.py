@@ -279,6 +279,40 @@ def test_an_exception_while_validating_leaves_the_models_own_weights(tmp_path: P
     assert identical(dict(model.named_parameters()), dict(plain.named_parameters()))
 
 
+def test_what_a_training_step_counts_and_logs_is_of_the_plain_pass_alone(tmp_path: Path):
+    from torchmetrics import MeanMetric, MetricCollection, SumMetric
+
+    class Counting(Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.samples, self.mean = SumMetric(), MeanMetric()
+            self.collection = MetricCollection({"samples": SumMetric()})
+            self.logged: list[float] = []
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            for metric in (self.samples, self.collection):
+                metric.update(torch.tensor(len(batch[0])))
+            self.log("mean", self.mean(loss), on_step=False, on_epoch=True)
+            self.log_dict({"twice": 2 * loss})
+            return loss
+
+        def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
+            self.logged.append(outputs["loss"].item())
+
+        def on_train_epoch_end(self) -> None:
+            self.counted = [self.samples.compute(), self.collection.compute()["samples"], self.mean.compute()]
+
+    model = Counting()
+    trainer = fit(
+        model, RegularizerCallback(lambda m: InterpolatedWeightRegularizer(m, anchor=anchor())), folder=tmp_path
+    )
+    assert [count.item() for count in model.counted[:2]] == [8, 8]
+    losses = torch.tensor(model.logged)
+    torch.testing.assert_close(model.counted[2], losses.mean())
+    torch.testing.assert_close(trainer.callback_metrics["twice"], 2 * losses[-1])
+
+
 def test_modules_that_optimize_by_hand_or_need_another_strategy_are_refused(tmp_path: Path):
     model = Tiny()
     model.automatic_optimization = False

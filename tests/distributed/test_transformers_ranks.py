@@ -112,6 +112,7 @@ def hugging_face(folder: Path, steps: int, resume: Path | None = None, *, fsdp2:
         callbacks=[recorder := Recorder()],
     )
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    assert any(isinstance(tensor, DTensor) for tensor in trainer.averager.weights.values()) == fsdp2
     return trainer, recorder
 
 
