@@ -67,7 +67,7 @@ MUTANTS = [
     ("weights.py", "        _overwrite(targets, backup)\n", "", "tests/test_weights.py"),
     ("weights.py", "    torch.clear_autocast_cache()", "    pass", "tests/test_weights.py"),
     ("weights.py", "not 0 <= value <= 1", "value < 0 or value > 1", PATCHING),
-    ("weights.py", "torch.promote_types(torch.float32, theta.dtype)", "theta.dtype", "tests/test_weights.py"),
+    ("weights.py", "precision = mixing_precision(theta.dtype)", "precision = theta.dtype", "tests/test_weights.py"),
     ("weights.py", "        return anchor.to(theta.dtype, copy=True)", "        return theta.clone()", PATCHING),
     ("weights.py", "anchor.to(precision), anchor_weight)", "anchor.to(precision), 1 - anchor_weight)", PATCHING),
     ("_averager.py", "return torch.float64", "return torch.float32", AVERAGING),
