@@ -29,6 +29,7 @@ class Stateful(nn.Module):
         self.total = torch.tensor(0.0)
         self.also_total = self.total
         self.seen: list = []
+        self.also_seen = self.seen
         self.nested = {"sums": [torch.zeros(1)], "pair": (torch.zeros(1), "a")}
         self.counts, self.recent, self.kinds = Counter(), deque(maxlen=2), set()
         self.hidden = [nn.BatchNorm1d(3)]  # not registered: no parameter of this model
@@ -47,7 +48,7 @@ class Stateful(nn.Module):
         self.kinds.add(self.longest)
         self.newly_set = self.longest
         self.hidden[0](x.detach().float())
-        return self.linear(x) * self.scale * self.longest
+        return self.linear(x) * self.scale * self.longest * len(self.also_seen)
 
 
 def state_of(model: Stateful) -> dict[str, object]:
@@ -131,6 +132,15 @@ def test_a_frozen_parameter_that_is_written_to_in_forward_is_refused(strategy: s
     with pytest.raises(RuntimeError, match=r"2 frozen parameters \(target\.weight, target\.bias\) were written to"):
         regularizer.backward(mse(*batch()))
     assert identical(snapshot(model.encoder), own)
+
+
+@with_both
+def test_a_write_that_shows_in_no_sample_is_found_by_its_version(strategy: str):
+    model = nn.Linear(3, 3).double()
+    model.calls = nn.Parameter(torch.tensor(0), requires_grad=False)
+    model.register_forward_pre_hook(lambda module, _: [module.calls.add_(1), None][1])
+    with pytest.raises(RuntimeError, match=r"1 frozen parameters \(calls\) were written to"):
+        regularizer_away_from_anchor(model, strategy=strategy).backward(mse(*batch()))
 
 
 class Symmetric(nn.Module):
