@@ -50,12 +50,14 @@ class Trainer:
         """
         device = self.class_embeddings.device
         self.model.train()
-        with progress_bar() as progress:
-            task = progress.add_task("fine-tuning", total=self.learning_rate.total_steps, completed=self.step)
+        with progress_bar(unit="clips") as progress:
+            task = progress.add_task("fine-tuning", total=None)
             for clips, labels in batches:
                 values = self.train_step(clips.to(device), labels.to(device))
                 self.journal.write("step", step=self.step, **values)
-                progress.update(task, advance=1, description=f"fine-tuning, loss {values['loss']:.3f}")
+                done, total = (steps * len(clips) for steps in (self.step, self.learning_rate.total_steps))
+                text = f"fine-tuning, loss {values['loss']:.3f}"
+                progress.update(task, completed=done, total=total, description=text)
                 if self.step % steps_per_epoch == 0:
                     save_state(checkpoint, self.state_dict())
                     epoch = self.step // steps_per_epoch

@@ -76,6 +76,11 @@ class LogitFiles:
         """The indices of the videos that have logits."""
         return {int(i) for records in self._records() for i in records["video"]}
 
+    def count(self) -> int:
+        """How many videos have logits or a reason by now, without reading them."""
+        records = sum(path.stat().st_size // self.record.itemsize for path in self.path.glob("*.logits"))
+        return records + sum(path.read_bytes().count(b"\n") for path in self._reasons())
+
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The logits of the whole pass, a part at a time: indices of videos (n,), logits (n, scorers, views, classes).
 

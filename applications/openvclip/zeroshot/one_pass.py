@@ -66,7 +66,7 @@ def look(
         reading: How videos are read.
         folder: Where the logits are kept; the same pass there is continued.
         weights: A fingerprint of what the scorers compute with, to tell passes apart.
-        advance: Told how many videos of this process are done after each batch.
+        advance: Told how many more videos have been read, by all processes as far as the files tell.
 
     Returns:
         The logits, complete when all processes have returned. A view's logits are kept apart from the others'.
@@ -92,13 +92,17 @@ def look(
     done = files.done()
     distributed.barrier()  # nobody writes before everybody has read what is left
     left = [i for i in range(len(one.videos)) if i not in done][distributed.rank() :: distributed.world_size()]
-    advance(len(one.videos) if not left else 0)
+    counted = len(done)
+    advance(counted)
     with Workers(
         EvaluationViews(one.sampling, reading.size, reading.cache), reading.workers, reading.time_limit_s
     ) as pool:
         values = pool.map(one.videos[i] for i in left)
         for first in range(0, len(left), reading.batch_size):
-            chunk = [(i, next(values)) for i in left[first : first + reading.batch_size]]
+            chunk = []
+            for i in left[first : first + reading.batch_size]:
+                chunk.append((i, next(values)))
+                advance(1)
             read = [(i, clips) for i, clips in chunk if not isinstance(clips, VideoReadError)]
             if read:
                 clips = torch.from_numpy(np.stack([clips for _, clips in read])).to(class_embeddings.device)
@@ -107,8 +111,11 @@ def look(
             for i, value in chunk:
                 if isinstance(value, VideoReadError):
                     files.append_unreadable(distributed.rank(), i, str(value))
-            advance(len(chunk))
+            found = files.count()
+            advance(found - counted - len(chunk))  # what the others have done meanwhile
+            counted = found
     distributed.barrier()
+    advance(len(one.videos) - counted)
     return files
 
 
