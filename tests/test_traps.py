@@ -115,7 +115,8 @@ def test_weights_restored_before_backward_are_not_those_of_the_recomputation(use
     assert not torch.allclose(naive[0].weight.grad, gradients_at_anchor(model))
 
     class AtAnchor(InterpolatedWeightRegularizer):
-        alpha = 1.0
+        def alpha_of(self, index: int | None = None) -> float:
+            return 1.0
 
     for strategy in ("functional", "in_place"):
         right = copy.deepcopy(model)
