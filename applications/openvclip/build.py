@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from applications.openvclip.data.dataset import TrainingClips
 from applications.openvclip.data.loader import TrainingOrder, training_batches
 from applications.openvclip.data.manifest import Manifest
 from applications.openvclip.data.storage import Cache
-from applications.openvclip.data.transforms import Normalisation
+from applications.openvclip.data.transforms import Normalisation, normalised
 from applications.openvclip.miniature import tasks, tiny_clip
 from applications.openvclip.model import pretrained
 from applications.openvclip.model.classifier import class_embeddings
@@ -89,16 +89,21 @@ def run(config: Config) -> Run:
         order=order,
         anchor=anchor(source),
         trainer=trainer,
-        batches=lambda order, on_unreadable: training_batches(
-            clips,
-            order,
+        batches=lambda order, on_unreadable: on_device(
+            training_batches(clips, order, workers=d.workers, time_limit_s=d.time_limit_s, on_unreadable=on_unreadable),
             normalisation(source),
-            workers=d.workers,
-            time_limit_s=d.time_limit_s,
-            on_unreadable=on_unreadable,
         ),
         evaluation=evaluation(source, config, protocols(config, training_set.classes)),
     )
+
+
+def on_device(
+    batches: Iterable[tuple[Tensor, Tensor]], normalisation: Normalisation
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches travel as bytes, and become the numbers that the encoder takes on the device that computes with them."""
+    device = distributed.device()
+    for clips, labels in batches:
+        yield normalised(clips.to(device), normalisation), labels.to(device)
 
 
 def evaluation(source: PretrainedCLIP, config: Config, protocols: Sequence[Protocol]) -> Evaluation:

@@ -32,7 +32,7 @@ CODECS = [
 
 @pytest.mark.parametrize(("name", "codec", "options"), CODECS, ids=[name for name, _, _ in CODECS])
 def test_frames_are_those_that_were_asked_for(tmp_path: Path, name: str, codec: str, options: dict[str, str]) -> None:
-    path = write_video(tmp_path / name, numbered(60), codec, **options)
+    path = write_video(tmp_path / name, numbered(60), codec, 25, **options)
     video = Video(path)
     assert len(video) == 60
     assert video.frames_per_second == pytest.approx(25, rel=1e-3)
@@ -184,8 +184,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_of_a_file_that_was_cut_off_the_frames_that_are_left_are_used_and_the_rest_is_told(tmp_path: Path) -> None:
-    def cut(name: str, codec: str, **options: str) -> Video:
-        path = write_video(tmp_path / name, numbered(60, 240, 320), codec, g="10", **options)
+    def cut(name: str, codec: str) -> Video:
+        path = write_video(tmp_path / name, numbered(60, 240, 320), codec, g="10")
         path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
         return Video(path)
 

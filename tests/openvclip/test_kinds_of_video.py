@@ -31,8 +31,16 @@ def remuxed(source: Path, path: Path, change: Callable[[int, av.Packet], object]
     return path
 
 
-def plain(path: Path, codec: str = "libx264", n: int = 40, pixel_format: str = "yuv420p", **options: str) -> Path:
-    return write_video(path, numbered(n), codec, pixel_format=pixel_format, **options)
+def plain(
+    path: Path,
+    codec: str = "libx264",
+    options: dict[str, str] | None = None,
+    *,
+    n: int = 40,
+    pixel_format: str = "yuv420p",
+    **more: str,
+) -> Path:
+    return write_video(path, numbered(n), codec, 25, pixel_format, **(options or {}), **more)
 
 
 def begins_inside_a_group(folder: Path) -> Path:
@@ -44,7 +52,7 @@ def begins_inside_a_group(folder: Path) -> Path:
 
 def open_groups_cut(folder: Path) -> Path:
     options = {"x265-params": "keyint=12:open-gop=1:bframes=4:log-level=none"}
-    whole = plain(folder / "whole.mp4", "libx265", **options)
+    whole = plain(folder / "whole.mp4", "libx265", options=options)
     with av.open(str(whole)) as container:
         keys = [i for i, packet in enumerate(container.demux(video=0)) if packet.is_keyframe]
     return remuxed(whole, folder / "cut.mkv", lambda i, _: i >= keys[1])
@@ -58,20 +66,15 @@ def decoding_times_for_times(folder: Path) -> Path:
 
 
 def edit_list(folder: Path) -> Path:
-    def change(_: int, packet: av.Packet) -> None:
-        shift = int(Fraction(7, 25) / packet.time_base)
-        packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-
-    with_list = folder / "edited.mp4"
-    source = plain(folder / "whole.mp4", g="20", bf="0")
-    with av.open(str(source)) as given, av.open(str(with_list), "w", options={"avoid_negative_ts": "disabled"}) as made:
+    path, source = folder / "edited.mp4", plain(folder / "whole.mp4", g="20", bf="0")
+    with av.open(str(source)) as given, av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as made:
         stream = made.add_stream_from_template(given.streams.video[0])
         for packet in given.demux(video=0):
-            if packet.dts is not None:
-                change(0, packet)
-                packet.stream = stream
+            if packet.pts is not None and packet.dts is not None:
+                shift = int(Fraction(7, 25) / packet.time_base)  # what is shown before 0 is left out by an edit list
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
                 made.mux(packet)
-    return with_list
+    return path
 
 
 def uneven(folder: Path) -> Path:
@@ -133,19 +136,19 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "packed B-frames": lambda _: SHIPPED / "cartwheel.avi",
     "packed B-frames in Matroska": lambda f: remuxed(SHIPPED / "cartwheel.avi", f / "a.mkv"),
     "hidden frames, VP8": lambda f: plain(
-        f / "a.webm", "libvpx", **{"auto-alt-ref": "1", "lag-in-frames": "16", "b": "120k"}
+        f / "a.webm", "libvpx", options={"auto-alt-ref": "1", "lag-in-frames": "16", "b": "120k"}
     ),
     "hidden frames, VP9": lambda f: plain(
-        f / "a.webm", "libvpx-vp9", **{"auto-alt-ref": "1", "lag-in-frames": "20", "b": "100k"}
+        f / "a.webm", "libvpx-vp9", options={"auto-alt-ref": "1", "lag-in-frames": "20", "b": "100k"}
     ),
     "10 bits, HEVC": lambda f: plain(
-        f / "a.mkv", "libx265", pixel_format="yuv420p10le", **{"x265-params": "log-level=none"}
+        f / "a.mkv", "libx265", pixel_format="yuv420p10le", options={"x265-params": "log-level=none"}
     ),
     "begins inside a group": begins_inside_a_group,
-    "open groups, H.264": lambda f: plain(f / "a.mp4", **{"x264-params": "open-gop=1:keyint=12:bframes=3"}),
+    "open groups, H.264": lambda f: plain(f / "a.mp4", options={"x264-params": "open-gop=1:keyint=12:bframes=3"}),
     "open groups, HEVC, cut": open_groups_cut,
     "recovery points instead of key frames": lambda f: plain(
-        f / "a.mp4", **{"x264-params": "intra-refresh=1:keyint=12:bframes=0"}
+        f / "a.mp4", options={"x264-params": "intra-refresh=1:keyint=12:bframes=0"}
     ),
     "times of decoding written as times": decoding_times_for_times,
     "edit list": edit_list,
@@ -154,7 +157,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "preview first": preview_first,
     "two streams of a kind": two_of_a_kind,
     "mirrored": mirrored,
-    "interlaced": lambda f: plain(f / "a.mp4", **{"flags": "+ildct+ilme", "x264-params": "tff=1"}),
+    "interlaced": lambda f: plain(f / "a.mp4", options={"flags": "+ildct+ilme", "x264-params": "tff=1"}),
     "interlaced, MPEG-2": lambda f: plain(f / "a.mpg", "mpeg2video", flags="+ildct+ilme"),
     "transport stream": lambda f: plain(f / "a.ts", g="12"),
     "fragmented": lambda f: plain(f / "a.mp4", g="12", movflags="frag_keyframe+empty_moov"),
@@ -163,7 +166,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "B-frames in AVI": lambda f: plain(f / "a.avi", "mpeg4", bf="2"),
     "AV1": lambda f: plain(f / "a.mp4", "libsvtav1", preset="12", g="12"),
     "GIF": lambda f: plain(f / "a.gif", "gif", pixel_format="rgb8"),
-    "alpha": lambda f: plain(f / "a.webm", "libvpx-vp9", pixel_format="yuva420p", **{"auto-alt-ref": "0"}),
+    "alpha": lambda f: plain(f / "a.webm", "libvpx-vp9", pixel_format="yuva420p", options={"auto-alt-ref": "0"}),
     "grey": lambda f: plain(f / "a.mp4", pixel_format="gray"),
     "10 bits": lambda f: plain(f / "a.mp4", pixel_format="yuv420p10le"),
     "odd size": lambda f: write_video(f / "a.mp4", numbered(12, 97, 131), pixel_format="yuv444p"),

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from applications.openvclip.data.dataset import TrainingClips
 from applications.openvclip.data.decode import VideoReadError
-from applications.openvclip.data.transforms import Normalisation, normalised
 from applications.openvclip.data.workers import Workers
 
 _ATTEMPTS = 10
@@ -62,20 +61,18 @@ class TrainingOrder:
 def training_batches(
     clips: TrainingClips,
     order: TrainingOrder,
-    normalisation: Normalisation,
     *,
     workers: int,
     time_limit_s: float,
     on_unreadable: Callable[[str, str], object] = lambda location, reason: None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of clips (B, 3, T, H, W) float32 and labels (B,), one per step of `order`.
+    """Batches of clips (B, 3, T, H, W) uint8 and labels (B,), one per step of `order`.
 
     A video that can't be read is replaced by another one, which depends on the seed, the epoch and its index alone.
 
     Args:
         clips: What to read.
         order: Which clips, when.
-        normalisation: Of the pixels.
         workers: Processes that read videos.
         time_limit_s: Seconds that reading one clip may take.
         on_unreadable: Told the location of each video that was replaced, and why.
@@ -96,6 +93,8 @@ def training_batches(
                 value = pool.ask((epoch, i, attempt))
             batch.append(value)
             if len(batch) == order.batch_size:
-                stacked = torch.from_numpy(np.stack([clip for clip, _ in batch]))
-                yield normalised(stacked, normalisation), torch.tensor([label for _, label in batch])
+                yield (
+                    torch.from_numpy(np.stack([clip for clip, _ in batch])),
+                    torch.tensor([label for _, label in batch]),
+                )
                 batch = []
