@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+from applications.openvclip.zeroshot.plot import drawn_from
+from applications.openvclip.zeroshot.results import read_results
+from benchmarks import quoted
 from interpolate.__main__ import main
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -39,3 +43,13 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         assert (python, module, name) == ("python", "-m", "interpolate")
         assert main(arguments) == 0, command
     assert capsys.readouterr().out.endswith("as its recipe says\n")
+
+
+def test_the_table_and_the_plot_of_the_miniature_are_those_of_the_results_that_are_shipped():
+    results = read_results(quoted.SHIPPED)
+    assert quoted.table(results) in README
+    assert f"]({quoted.PLOT.relative_to(quoted.ROOT)})" in README
+    with Image.open(quoted.PLOT) as image:
+        assert image.info["Description"] == drawn_from(results)
+    assert results.config["recipe"] == "miniature"
+    assert results.config["seed"] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import matplotlib as mpl
@@ -12,7 +13,10 @@ from applications.openvclip.zeroshot.results import BASELINE, Results
 
 
 def plot_tradeoff(path: Path, results: Results) -> None:
-    """Draw closed-set against zero-shot accuracy along the anchor weight: a panel for each zero-shot protocol."""
+    """Draw closed-set against zero-shot accuracy along the anchor weight: a panel for each zero-shot protocol.
+
+    The image's metadata, `Description`, is the data that it was drawn from.
+    """
     closed = next((r for r in results.protocols.values() if r.closed), None)
     others = [r for r in results.protocols.values() if not r.closed]
     if closed is None or not others:
@@ -39,4 +43,10 @@ def plot_tradeoff(path: Path, results: Results) -> None:
     figure.axes[0].set_ylabel("zero-shot top-1 (%)")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     with mpl.rc_context({"savefig.dpi": 150}):
-        figure.savefig(path)
+        figure.savefig(path, metadata={"Description": drawn_from(results)})
+
+
+def drawn_from(results: Results) -> str:
+    """The figures of a trade-off, as JSON."""
+    figures = {name: r.accuracy for name, r in results.protocols.items()}
+    return json.dumps({"anchor_weight": results.anchor_weight, "accuracy": figures}, sort_keys=True)
