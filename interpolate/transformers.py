@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from interpolate._names import by_bare_name, unwrapped
 from interpolate._sharding import reshard
+from interpolate._state import load_state, save_state
 from interpolate.averaging import WeightAverager
 from interpolate.regularizer import InterpolatedWeightRegularizer
 from interpolate.weights import load_weights, trainable_weights
@@ -112,7 +111,7 @@ class InterpolatedTrainer(Trainer):
         if not self._at_theta:
             raise RuntimeError("a checkpoint to resume from can only be saved in training, and not within evaluate.")
         for part, state in self._parts().items():
-            dcp.save(state, checkpoint_id=os.path.join(output_dir, part), no_dist=not dist.is_initialized())
+            save_state(os.path.join(output_dir, part), state)
         with self._at_average():  # under FSDP the model is saved here
             super()._save_optimizer_and_scheduler(output_dir)
 
@@ -146,7 +145,7 @@ class InterpolatedTrainer(Trainer):
                 "or start a new training from its weights."
             )
         for part, state in parts.items():
-            dcp.load(state, checkpoint_id=os.path.join(checkpoint, part), no_dist=not dist.is_initialized())
+            load_state(os.path.join(checkpoint, part), state)
         reshard(self._prepared)
         if self.regularizer is not None:
             self.regularizer.load_state_dict(parts["regularizer"])

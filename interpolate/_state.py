@@ -1,0 +1,98 @@
+"""The state of a training in a folder, each process its own shards: safetensors and JSON, nothing is ever unpickled.
+
+`torch.distributed.checkpoint` by itself keeps its metadata as a pickle, which a tampered folder could use to run code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from interpolate.atomic import replacing
+from interpolate.errors import CheckpointError
+
+_VALUES = "values.json"
+
+
+def save_state(folder: str, state: Mapping[str, Any]) -> None:
+    """Write nested dicts of tensors, DTensors, numbers and texts; all processes call it together.
+
+    Args:
+        folder: Made if it is not there.
+        state: As `state_dict()` gives it; names hold no "/".
+    """
+    tensors, values = _split(state)
+    os.makedirs(folder, exist_ok=True)
+    with _alone_is_meant():
+        writer = dcp.HuggingFaceStorageWriter(folder, save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        with replacing(os.path.join(folder, _VALUES)) as file:
+            file.write(json.dumps(values, indent=1).encode())
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def load_state(folder: str, state: dict[str, Any]) -> None:
+    """Read what `save_state` wrote on any number of processes: into the tensors of `state`, and into its dicts.
+
+    Raises:
+        CheckpointError: The folder holds no state, or that of something else; `state` is unchanged then.
+    """
+    tensors, values = _split(state)
+    try:
+        with open(os.path.join(folder, _VALUES), encoding="utf-8") as file:
+            saved = json.load(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds no whole state of a training: {error}.") from error
+    with _alone_is_meant():
+        reader = dcp.HuggingFaceStorageReader(folder)
+        shapes = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}
+        unlike = {name for name in tensors.keys() | shapes.keys() if tuple(_shape(tensors, name)) != shapes.get(name)}
+        if unlike := sorted(unlike | (values.keys() ^ saved.keys())):
+            raise CheckpointError(
+                f"{folder} is the state of another training: {len(unlike)} of its entries are missing, unexpected or "
+                f"of another shape, such as {unlike[0]}."
+            )
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    for name, value in saved.items():
+        *parents, last = name.split("/")
+        place = state
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | str:
+    return tuple(tensors[name].shape) if name in tensors else "missing"
+
+
+def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, and everything else, by names with "/" between the levels."""
+    flat = dict(_flat(state, ""))
+    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in flat.items() if name not in tensors}
+
+
+def _flat(state: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+@contextmanager
+def _alone_is_meant() -> Iterator[None]:
+    """Without torch's warning that a single process saves or loads."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
