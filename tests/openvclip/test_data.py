@@ -1,7 +1,9 @@
 """From a manifest to batches: rows, transforms, order, and what takes the place of unreadable videos."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from applications.openvclip.data import transforms
+from applications.openvclip.data import reader, transforms
 from applications.openvclip.data.dataset import EvaluationViews, TrainingClips
 from applications.openvclip.data.decode import Video
+from applications.openvclip.data.index import Index
+from applications.openvclip.data.inspection import inspect
 from applications.openvclip.data.loader import TrainingOrder, training_batches
 from applications.openvclip.data.manifest import Manifest, read_manifest
 from applications.openvclip.data.sampling import Sampling
@@ -174,6 +178,34 @@ def test_an_unreadable_training_video_is_replaced_by_the_same_other_every_time(
     of_the_good = batches(training_clips(good), order)
     same = [torch.equal(a[i], b[i]) for (a, _), (b, _) in zip(first, of_the_good, strict=True) for i in range(4)]
     assert same.count(False) == 1  # nothing else has changed
+
+
+def test_inspect_tells_which_videos_are_cut_off(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "wave" / "a.avi", ramp(60, 240, 320), "mpeg4", g="10")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    manifest = Manifest("cut", str(tmp_path), ("wave/a.avi",), (0,), ("wave",))
+    found = inspect(manifest, workers=1, time_limit_s=60, cache=Cache())
+    assert found.unreadable == {}
+    lines = found.lines()
+    assert "cut off, and used as far as they go: 1" in lines
+    assert re.search(r"wave/a\.avi: \d+ of the 60 frames that it announces are there", "\n".join(lines))
+
+
+def test_a_video_that_holds_less_than_its_packets_promise_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_video(tmp_path / "a.mp4", ramp(20))
+    honest = reader.index_of
+
+    def too_many(*what: Any) -> Index | None:
+        index = honest(*what)
+        return index and Index([*index.times, index.times[-1] + 512], index.keys)
+
+    monkeypatch.setattr(reader, "index_of", too_many)
+    video = Video(path)
+    assert len(video) == 21
+    assert video.chosen(lambda n, _: [0, n - 1]).shape[0] == 2
+    assert len(video) == 20
 
 
 def test_all_views_of_a_video_come_from_one_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

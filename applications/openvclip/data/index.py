@@ -51,7 +51,8 @@ def index_of(container: InputContainer, stream: VideoStream) -> Index | None:
     containers = ("mp4", "matroska") if name in _ONE_PICTURE else ("mp4", "matroska", "avi")
     if not any(container_name in container.format.name for container_name in containers):
         return None
-    if stream.codec_context.field_order > 1:  # interlaced: two fields may be two packets
+    # of an interlaced video two packets may be one frame; PyAV before 18 does not tell, and then the frames do
+    if getattr(stream.codec_context, "field_order", 0) > 1:
         return None
     pictures = _Pictures(name)
     times: list[int] = []

@@ -43,7 +43,8 @@ class Pixels:
 
     def _graph_for(self, frame: av.VideoFrame, size: tuple[int, int]) -> Graph:
         graph = Graph()
-        graph.threads = 1  # a reading process has one core
+        if hasattr(graph, "threads"):  # PyAV before 18 has no say in it
+            graph.threads = 1  # a reading process has one core
         height, width = size
         source = graph.add_buffer(
             width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000)

@@ -115,7 +115,8 @@ def frame_rate(stream: VideoStream, times: Sequence[int | None]) -> float:
     claimed = float(stream.average_rate or stream.guessed_rate or 0)
     steps = np.diff(np.array(times, np.float64))  # None becomes nan
     if len(steps) and (steps > 0).all() and stream.time_base is not None:
-        counted = 1 / float(steps[steps < 10 * np.median(steps)].mean() * stream.time_base)
+        usual = float(steps[steps < 10 * np.median(steps)].mean())
+        counted = 1 / (usual * float(stream.time_base))
         return claimed if abs(claimed - counted) < 0.02 * counted else counted
     if claimed:
         return claimed
@@ -142,7 +143,7 @@ def shortfall(container: InputContainer, stream: VideoStream, n_packets: int, la
     announced, start = _announced_seconds(container, stream), (container.start_time or 0) / av.time_base
     if announced is None or last_time is None or stream.time_base is None:
         return ""
-    there = float(last_time * stream.time_base) - start
+    there = last_time * float(stream.time_base) - start
     if stream.frames:  # an edit list may leave out the rest
         return of_frames if there < 0.98 * announced else ""
     # the sound may go on for a moment, and the last frame be shown for long
