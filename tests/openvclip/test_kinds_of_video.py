@@ -108,7 +108,7 @@ def two_streams(path: Path, first: Path, second: Path, shown: int, mark: Disposi
 def cover_first(folder: Path) -> Path:
     cover = write_video(folder / "cover.mkv", ramp(1, 90, 90), "mjpeg", pixel_format="yuvj420p")
     video = plain(folder / "video.mp4")
-    return two_streams(folder / "c.mkv", cover, video, 0, Disposition.attached_pic, Disposition(0))
+    return two_streams(folder / "c.mp4", cover, video, 0, Disposition.attached_pic, Disposition.default)
 
 
 def preview_first(folder: Path) -> Path:
