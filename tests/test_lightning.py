@@ -318,10 +318,9 @@ def test_modules_that_optimize_by_hand_or_need_another_strategy_are_refused(tmp_
     model.automatic_optimization = False
     with pytest.raises(ValueError, match="needs automatic optimization"):
         fit(model, RegularizerCallback(), folder=tmp_path)
-    model = Tiny()
-    model.twice = model.net[0]
+    in_place = RegularizerCallback(lambda model: InterpolatedWeightRegularizer(model, strategy="in_place"))
     with pytest.raises(ValueError, match="functional strategy, got one for 'in_place'"):
-        fit(model, RegularizerCallback(), folder=tmp_path)
+        fit(Tiny(), in_place, folder=tmp_path)
 
     class Iterating(Tiny):
         def training_step(self, dataloader_iter) -> Tensor:
