@@ -1,10 +1,15 @@
-"""The console script: `openvclip VERB …`."""
+"""The console script: `openvclip VERB …`.
+
+Exit codes: 0 done, 1 interrupted, or a fault of this program with its traceback, 2 bad input with one message.
+"""
 
 from __future__ import annotations
 
+import dis
 import importlib
 import sys
 from collections.abc import Sequence
+from types import TracebackType
 
 VERBS = {
     "train": "fine-tune, average, patch and evaluate: the built-in miniature, or a recipe of the paper",
@@ -18,14 +23,43 @@ USAGE = "\n".join(["usage: openvclip VERB …", "", *(f"  {verb:9} {does}" for v
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; a user's mistake ends it with one message and exit code 2."""
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help"):
         print(f"{USAGE}\n\nopenvclip VERB --help has the options of each.")
-    elif verb in VERBS:
-        importlib.import_module(f"applications.openvclip.commands.{verb}").main(rest)
-    else:
+        return
+    if verb not in VERBS:
         print(f"openvclip: there is no {verb!r}.\n{USAGE}", file=sys.stderr)
         sys.exit(2)
+    command = importlib.import_module(f"applications.openvclip.commands.{verb}")
+    try:
+        command.main(rest)
+    except Exception as error:
+        if not is_mistake(error):
+            raise
+        print(f"openvclip {verb}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def is_mistake(error: Exception) -> bool:
+    """Whether an error tells a user what to do, and is no fault of this program.
+
+    What the operating system refuses is one, and what a `raise` of ours says. An error of the same kind out of another
+    library, or out of the interpreter (too many values to unpack), was not foreseen: its traceback is worth more.
+    """
+    if isinstance(error, OSError):
+        return True
+    return isinstance(error, (ValueError, RuntimeError, FloatingPointError)) and _is_raised_here(error.__traceback__)
+
+
+def _is_raised_here(traceback: TracebackType | None) -> bool:
+    while traceback and traceback.tb_next:
+        traceback = traceback.tb_next
+    if traceback is None:
+        return False
+    package = traceback.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    instruction = traceback.tb_frame.f_code.co_code[traceback.tb_lasti]
+    return package in ("applications", "interpolate") and dis.opname[instruction] == "RAISE_VARARGS"
 
 
 if __name__ == "__main__":

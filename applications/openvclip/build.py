@@ -22,12 +22,13 @@ from applications.openvclip.model.classifier import class_embeddings
 from applications.openvclip.model.pretrained import PretrainedCLIP
 from applications.openvclip.model.prompts import TEMPLATES
 from applications.openvclip.model.video_encoder import VideoEncoder
+from applications.openvclip.ranges import check, evaluation_ranges, training_ranges
 from applications.openvclip.runs.folder import RunFolder, new_path
 from applications.openvclip.runs.journal import Journal
 from applications.openvclip.training.l2_penalty import L2Penalty
 from applications.openvclip.training.optimisation import LearningRate, adamw
 from applications.openvclip.training.trainer import Trainer
-from applications.openvclip.zeroshot.evaluation import Evaluation
+from applications.openvclip.zeroshot.evaluation import Evaluation, embedded
 from applications.openvclip.zeroshot.one_pass import Reading
 from applications.openvclip.zeroshot.protocols import Protocol, Sources, named
 from interpolate import InterpolatedWeightRegularizer, SWAAverager
@@ -56,12 +57,19 @@ def run(config: Config) -> Run:
     """Everything for one run."""
     o, d = config.optimization, config.data
     if d.train is None:
-        raise ValueError(f"data.train: {config.model.name} needs videos to train on, a folder or a list of them.")
+        raise ValueError(f"--data.train: {config.model.name} needs videos to train on, a folder or a list of them.")
+    check(training_ranges(config))
+    check(evaluation_ranges(config, "evaluation.", "data."))
     source = clip(config.model)
     training_set = data_set(d.train, d.train_root, d.train_names, seed=config.seed)
     model = VideoEncoder(source.clip, edge=config.model.edge)
     folder = RunFolder(config.output or new_path(config.recipe))
     journal = Journal(folder.journal)
+    if o.batch_size > len(training_set):
+        raise ValueError(
+            f"--optimization.batch-size: must be at most {len(training_set)}, the videos of {d.train}, "
+            f"got {o.batch_size}."
+        )
     steps_per_epoch = len(training_set) // o.batch_size
     order = TrainingOrder(len(training_set), o.batch_size, config.seed, 0, o.epochs * steps_per_epoch)
     trainer = Trainer(
@@ -110,9 +118,10 @@ def evaluation(source: PretrainedCLIP, config: Config, protocols: Sequence[Proto
     """CLIP* and the weights along the path, under these protocols."""
     e, d = config.evaluation, config.data
     return Evaluation(
-        source=source,
+        clip=source.clip,
         edge=config.model.edge,
         protocols=protocols,
+        passes=embedded(protocols, source.clip, source.tokenizer),
         anchor_weights=(e.anchor_weight, *e.anchor_weights),
         reading=Reading(
             size=source.image_size,
@@ -197,8 +206,11 @@ def averager(method: Method, model: nn.Module, config: Config, steps_per_epoch: 
     """The mean of the weights; without averaging, of the last weights alone."""
     if method in ("fine-tuning", "iwr"):
         return SWAAverager(model, start_step=config.optimization.epochs * steps_per_epoch - 1)
-    return SWAAverager(
-        model,
-        start_step=round(config.averager.start_epoch * steps_per_epoch),
-        cycle_steps=max(1, steps_per_epoch // config.averager.snapshots_per_epoch),
-    )
+    a, epochs = config.averager, config.optimization.epochs
+    start, cycle = round(a.start_epoch * steps_per_epoch), max(1, steps_per_epoch // a.snapshots_per_epoch)
+    if start + cycle > epochs * steps_per_epoch:
+        raise ValueError(
+            f"--averager.start-epoch: {a.start_epoch:g} leaves nothing to average: the first snapshot would be after "
+            f"step {start + cycle}, and --optimization.epochs {epochs} has {epochs * steps_per_epoch} steps."
+        )
+    return SWAAverager(model, start_step=start, cycle_steps=cycle)

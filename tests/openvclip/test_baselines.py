@@ -9,8 +9,8 @@ from torch import nn
 from applications.openvclip import train
 from applications.openvclip.commands.train import parse
 from applications.openvclip.recipes import RECIPES
-from applications.openvclip.runs.files import load_weights
 from applications.openvclip.runs.journal import read_journal
+from applications.openvclip.runs.weights import load_weights
 from applications.openvclip.training.l2_penalty import L2Penalty
 from applications.openvclip.training.state import load_state
 from tests.openvclip.test_commands import arguments
@@ -82,6 +82,6 @@ def test_the_recipes_have_the_published_settings(name: str, anchor_weight: float
 
 
 def test_a_recipe_on_real_data_needs_videos(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.train: ViT-B-16-quickgelu needs videos to train on"):
+    with pytest.raises(ValueError, match=r"--data\.train: ViT-B-16-quickgelu needs videos to train on"):
         train.main(["vit_b_16", "--output", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()

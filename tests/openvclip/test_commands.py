@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +143,21 @@ def test_a_run_can_be_evaluated_again_at_other_anchor_weights(run: Path) -> None
     assert after["hash"] == before["hash"]
     for scorer in ("CLIP*", "0", "0.5", "1"):
         assert after["accuracy"][scorer] == before["accuracy"][scorer]
+
+
+def test_evaluating_again_needs_no_training_videos_and_replaces_the_protocols(
+    run: Path, small_world: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(run, tmp_path / "moved")
+    config = json.loads((folder / "config.json").read_text())
+    config["data"]["train"] = str(tmp_path / "gone.csv")
+    (folder / "config.json").write_text(json.dumps(config))
+    evaluate.main([str(folder), "--anchor-weights", "1"])
+    assert json.loads((folder / "results.json").read_text())["protocols"]["closed"]["closed"] is True
+    content = {"name": "mine", "parts": [{"source": str(small_world["zs_object"])}], "templates": "objects"}
+    (tmp_path / "mine.json").write_text(json.dumps(content | {"sampling": {"frames": 2, "stride": 4, "views": 1}}))
+    evaluate.main([str(folder), "--protocols", str(tmp_path / "mine.json")])
+    assert json.loads((folder / "results.json").read_text())["protocols"].keys() == {"mine"}
 
 
 def test_weights_from_another_anchor_are_refused(run: Path, tmp_path: Path) -> None:

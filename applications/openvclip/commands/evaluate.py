@@ -77,12 +77,14 @@ def evaluate_run(run: Path, options: OfRun) -> None:
     """
     from applications.openvclip import build
     from applications.openvclip.commands.report import report
-    from applications.openvclip.runs.files import fingerprint, load_weights
+    from applications.openvclip.ranges import check, evaluation_ranges
     from applications.openvclip.runs.folder import RunFolder
+    from applications.openvclip.runs.weights import fingerprint, load_weights
     from interpolate import WeightMismatchError
 
     folder = RunFolder(run)
     config = options.applied(from_dict(folder.read_settings()))
+    check(evaluation_ranges(config))
     if not folder.averaged.exists():
         raise FileNotFoundError(f"{folder.path} has no {folder.averaged.name}: its training has not ended.")
     source = build.clip(config.model)

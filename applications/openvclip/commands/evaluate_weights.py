@@ -38,12 +38,14 @@ def evaluate_weights(options: OfWeights) -> None:
     from applications.openvclip import build
     from applications.openvclip.commands.report import report
     from applications.openvclip.model import pretrained
+    from applications.openvclip.ranges import check, evaluation_ranges
     from applications.openvclip.runs.folder import RunFolder
 
     if not options.evaluation.protocols:
         raise ValueError("without a run, --protocols says what to evaluate on: ucf101/EP2, or a .json file.")
     data = DataConfig(workers=options.workers, time_limit_s=options.time_limit_s)
     config = Config("evaluation", model=options.model, data=data, evaluation=options.evaluation)
+    check(evaluation_ranges(config))
     source = build.clip(config.model)
     theta = None
     if options.weights is not None:

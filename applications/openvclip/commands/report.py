@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 
 from applications.openvclip import distributed
-from applications.openvclip.runs.files import write_text
 from applications.openvclip.runs.folder import RunFolder
 from applications.openvclip.runs.provenance import provenance
+from applications.openvclip.runs.texts import write_text
 from applications.openvclip.zeroshot import tables
 from applications.openvclip.zeroshot.plot import plot_tradeoff
 from applications.openvclip.zeroshot.results import ProtocolResult, Results, write_results

@@ -1,7 +1,7 @@
 """Train a video CLIP with interpolated weight optimization, and show what it gained and what it kept.
 
 $ openvclip train                                    # the built-in miniature
-$ openvclip train miniature --optimization.epochs 3
+$ openvclip train miniature --optimization.epochs 5
 $ openvclip train --help                             # recipes; and miniature --help: every field
 """
 
@@ -46,8 +46,8 @@ def train(run: Run) -> None:
     from rich.console import Console
 
     from applications.openvclip.commands.report import report
-    from applications.openvclip.runs.files import fingerprint, save_weights
     from applications.openvclip.runs.provenance import provenance
+    from applications.openvclip.runs.weights import fingerprint, save_weights
     from interpolate import patch
 
     console = Console()

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from applications.openvclip.miniature import glyphs, tiny_clip, world
 from applications.openvclip.model.prompts import OBJECT_TEMPLATES
 from applications.openvclip.progress import progress_bar
-from applications.openvclip.runs.files import save_weights
 from applications.openvclip.runs.provenance import command
+from applications.openvclip.runs.weights import save_weights
 from applications.openvclip.training.optimisation import LearningRate, adamw
 
 BATCH_SIZE = 128

@@ -32,7 +32,7 @@ from applications.openvclip.data.manifest import Manifest, read_manifest
 from applications.openvclip.data.storage import cache_root
 from applications.openvclip.miniature import glyphs, world
 from applications.openvclip.progress import progress_bar
-from applications.openvclip.runs.files import write_text
+from applications.openvclip.runs.texts import write_text
 
 ENLARGED = 2  # a pixel of the world is 2 x 2 in the file, so that chroma subsampling costs no detail
 FRAME_RATE = 16

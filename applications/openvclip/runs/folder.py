@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from applications.openvclip.runs.files import write_text
+from applications.openvclip.runs.texts import json_object, write_text
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class RunFolder:
         """
         if not self.config.exists():
             raise FileNotFoundError(f"{self.path} is no folder of a run: there is no {self.config.name} in it.")
-        return json.loads(self.config.read_text(encoding="utf-8"))
+        return json_object(self.config.read_text(encoding="utf-8"), self.config)
 
     def open_for_training(self, settings: dict[str, Any]) -> None:
         """Make the folder of a new run, or go on with an unfinished run of the same configuration.

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from open_clip.model import CLIP
+from torch import Tensor
 
 from applications.openvclip import distributed
-from applications.openvclip.model.classifier import class_embeddings
-from applications.openvclip.model.pretrained import PretrainedCLIP
+from applications.openvclip.model.classifier import Tokenizer, class_embeddings
 from applications.openvclip.model.temporal_attention import Edge
 from applications.openvclip.model.video_encoder import VideoEncoder
 from applications.openvclip.progress import progress_bar
-from applications.openvclip.runs.files import fingerprint
+from applications.openvclip.runs.weights import fingerprint
 from applications.openvclip.zeroshot.one_pass import Reading, Scorer, at_weights, look
-from applications.openvclip.zeroshot.passes import plan
+from applications.openvclip.zeroshot.passes import Pass, plan
 from applications.openvclip.zeroshot.protocols import Protocol
 from applications.openvclip.zeroshot.results import BASELINE, ProtocolResult
 from applications.openvclip.zeroshot.scores import results_of
@@ -29,9 +29,11 @@ from interpolate.weights import Weights
 class Evaluation:
     """What to evaluate on, and how; called with weights."""
 
-    source: PretrainedCLIP
+    clip: CLIP
     edge: Edge
     protocols: Sequence[Protocol]
+    passes: Mapping[Pass, tuple[list[Protocol], Tensor]]
+    """What to look at once, for which of the protocols, and the embeddings of its classes (`embedded`)."""
     anchor_weights: Sequence[float]
     """Where to evaluate along the path; at 0, the fine-tuned weights themselves, always."""
     reading: Reading
@@ -54,14 +56,12 @@ class Evaluation:
             theta: The fine-tuned weights, under the same names.
             folder: Where logits are kept; an evaluation that was interrupted goes on with them.
         """
-        scorers = scorers_of(self.source.clip, self.edge, anchor, theta, self.anchor_weights)
-        passes = plan(self.protocols)
+        scorers = scorers_of(self.clip, self.edge, anchor, theta, self.anchor_weights)
         results: dict[str, ProtocolResult] = {}
         with progress_bar() as progress:
-            task = progress.add_task("evaluating", total=sum(len(one.videos) for one in passes))
-            for one, group in passes.items():
+            task = progress.add_task("evaluating", total=sum(len(one.videos) for one in self.passes))
+            for one, (group, embeddings) in self.passes.items():
                 progress.update(task, description=f"evaluating, {', '.join(p.name for p in group)}")
-                embeddings = class_embeddings(self.source.clip, self.source.tokenizer, one.classes, one.templates)
                 weights = {"classes": embeddings, **{f"anchor {name}": tensor for name, tensor in anchor.items()}}
                 weights |= {f"theta {name}": tensor for name, tensor in (theta or {}).items()}
                 files = look(
@@ -76,6 +76,16 @@ class Evaluation:
                 if distributed.rank() == 0:
                     results |= {result.protocol: result for result in results_of(group, one, files)}
         return [results[protocol.name] for protocol in self.protocols] if results else []
+
+
+def embedded(
+    protocols: Sequence[Protocol], clip: CLIP, tokenizer: Tokenizer
+) -> dict[Pass, tuple[list[Protocol], Tensor]]:
+    """The passes that protocols need, what each is for, and the embeddings of its classes: all but the videos."""
+    return {
+        one: (group, class_embeddings(clip, tokenizer, one.classes, one.templates))
+        for one, group in plan(protocols).items()
+    }
 
 
 def scorers_of(

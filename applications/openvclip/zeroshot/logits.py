@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from applications.openvclip.runs.files import write_text
+from applications.openvclip.runs.texts import write_text
 
 _CHUNK_BYTES = 1 << 25
 

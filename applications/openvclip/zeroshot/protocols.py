@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 import cattrs
 import numpy as np
@@ -18,6 +18,7 @@ from applications.openvclip.data.class_names import tidy
 from applications.openvclip.data.manifest import Manifest
 from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.model.prompts import ACTION_TEMPLATES, TEMPLATES
+from applications.openvclip.runs.texts import json_object
 
 Unreadable = Literal["wrong", "left-out"]
 
@@ -117,7 +118,7 @@ def read_protocol(source: str, unreadable: Unreadable = "wrong") -> Protocol:
     Raises:
         ValueError: A field is unknown or of another kind, or a part has no class that is asked for.
     """
-    content: dict[str, Any] = json.loads(storage.read_text(source))
+    content = json_object(storage.read_text(source), source)
     unknown = content.keys() - {"name", "parts", "templates", "sampling", "top_k"}
     if unknown or not {"name", "parts"} <= content.keys():
         raise ValueError(f"{source}: name and parts are required; unknown: {', '.join(unknown) or 'nothing'}.")

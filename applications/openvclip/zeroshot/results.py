@@ -11,6 +11,8 @@ from typing import Any
 
 import cattrs
 
+from applications.openvclip.runs.texts import write_text
+
 BASELINE = "CLIP*"
 
 
@@ -70,8 +72,6 @@ class Results:
 
 
 def write_results(path: Path, results: Results) -> None:
-    from applications.openvclip.runs.files import write_text  # brings torch, which reading can do without
-
     write_text(path, json.dumps({"metric": "accuracy", **asdict(results)}, indent=2) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Weights and texts on the disk: written whole or not at all."""
+"""Weights on the disk: written whole or not at all."""
 
 from __future__ import annotations
 
@@ -34,9 +34,3 @@ def fingerprint(weights: Weights) -> str:
         digest.update(name.encode())
         digest.update(weights[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file."""
-    with replacing(path) as file:
-        file.write(text.encode())
