@@ -13,6 +13,7 @@ from torch import Tensor
 
 from interpolate._names import prefix_before
 from interpolate._operations import Ratio, Recipe, compiled, is_mixed, sides_of, without_extra_state
+from interpolate._unmixable import check_mixable
 from interpolate.checkpoints import Checkpoint, Entry, write
 from interpolate.errors import CheckpointError, WeightMismatchError
 from interpolate.patching import matched
@@ -41,8 +42,8 @@ def patch_files(
         anchor: Path or URL of the pretrained weights; see `interpolate.checkpoints` for what is read.
         theta: Path or URL of the fine-tuned weights.
         output: Written in the names, dtypes and shards of theta, and not before all of it is well: see
-            `interpolate.checkpoints.write`. Its metadata holds the recipe and the hashes of the inputs, except in a
-            bare state dict of `torch.save`, which has no room for them.
+            `interpolate.checkpoints.write`. Its metadata holds the recipe and the hashes of the inputs; in files of
+            `torch.save`, a record of the archive beside what `torch.load` gives.
         anchor_weight: As for `patch`.
         dry_run: Do everything except writing, and hashing the inputs for the record.
         progress: Called from time to time.
@@ -110,6 +111,7 @@ def mix_files(paths: Sequence[Path], recipe: Recipe, output: Path | None, progre
             digests = [h.result() for h in hashes] if final else ["0" * 64] * len(hashes)
             return {RECIPE: json.dumps({**(report.recipe or {}), "sha256": digests})}
 
+        report.left_behind = mixing.first.rest if os.fspath(output).endswith(".safetensors") else []
         write(output, mixing.first, mixing.pieces, metadata)
         report.recipe["sha256"] = [h.result() for h in hashes]
     return report
@@ -128,6 +130,7 @@ class _Mixing:
         self.report = Report(sides, tied=self.first.tied())
         for path, other in zip(inputs[1:], self.others, strict=True):
             _take_names(other, path, self.first, self.report)
+        check_mixable(*(dict.fromkeys(checkpoint.rest) for checkpoint in checkpoints))
         matched([without_extra_state(checkpoint.entries) for checkpoint in checkpoints], sides)
         entries = self.first.entries
         self.mixed = [name for name, entry in entries.items() if is_mixed(name, entry.dtype)]

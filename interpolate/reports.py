@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from interpolate._operations import Recipe
+from interpolate._tensors import same_bits
 from interpolate.weights import mixing_precision
 
 
@@ -44,6 +45,8 @@ class Report:
     """Names that share memory in the first input."""
     prefixes: dict[str, str] = field(default_factory=dict)
     """What stands before all names of either an input or the first one, and was ignored; by the input's path."""
+    left_behind: list[str] = field(default_factory=list)
+    """What the first input holds beside its weights and a safetensors file has no room for."""
     unmatched: list[str] = field(default_factory=list)
     """What two checkpoints that were compared do not have in common: names of one of them, other shapes."""
 
@@ -72,6 +75,7 @@ class Report:
         ]
         lines += [f"tied: {', '.join(names)}" for names in self.tied]
         lines += [f"{path} matches apart from {prefix!r} before all names" for path, prefix in self.prefixes.items()]
+        lines += [f"left behind: {', '.join(self.left_behind)}"] if self.left_behind else []
         lines += self.unmatched
         return "\n".join(lines)
 
@@ -95,18 +99,6 @@ class Comparison:
         self._squares = [square + distance**2 for square, distance in zip(self._squares, distances, strict=True)]
         total = max(self._squares, default=math.nan)
         found.distance = total**0.5 if math.isfinite(total) else None
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are of one dtype and shape and hold the same bits: nan is itself, and 0.0 is not -0.0."""
-    return a.dtype is b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    flat = tensor.flatten()
-    if flat.stride(0) != 1:  # also of no or of one element, which torch calls contiguous with any stride
-        flat = flat.clone(memory_format=torch.contiguous_format)
-    return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
 
 
 def as_json(found: Any) -> str:

@@ -22,6 +22,8 @@ AVERAGING = "tests/test_averaging.py"
 SHARDED = "tests/distributed/test_sharded_averages.py"
 PATCHING = "tests/test_patching.py"
 CHECKPOINTS = "tests/test_checkpoints.py"
+NAMES = "tests/test_names.py"
+ATOMIC = "tests/test_atomic.py"
 FILES = "tests/test_files.py"
 UNMIXABLE = "tests/test_unmixable.py"
 PATH = "tests/test_path.py"
@@ -131,11 +133,20 @@ MUTANTS = [
     ("_unmixable.py", "any(scale not in _FLOAT8 for", "any(True for", UNMIXABLE),
     ("_unmixable.py", " or bool(scales) or", " or", UNMIXABLE),
     ("_unmixable.py", "_kind(dtype) != _kind(others_dtype)", "False", UNMIXABLE),
-    ("checkpoints.py", "weights_only=True, mmap=True", "weights_only=False, mmap=True", CHECKPOINTS),
-    ("checkpoints.py", "yield temporary", "yield target", CHECKPOINTS),
-    ("checkpoints.py", "stop - start != entry.n_bytes or 8 + length + stop > size", "False", CHECKPOINTS),
-    ("checkpoints.py", "source.stored_names[name]: torch.cat", "name: torch.cat", CHECKPOINTS),
-    ("checkpoints.py", "if not key and len(candidates) > 1:", "if False:", CHECKPOINTS),
+    ("_pickled.py", "weights_only=True", "weights_only=False", CHECKPOINTS),
+    ("_pickled.py", "if len(candidates) > 1:", "if False:", CHECKPOINTS),
+    ("_pickled.py", "if self._flat is None or self._flat[0] != name:", "if self._flat is None:", CHECKPOINTS),
+    ("_pickling.py", "if isinstance(tensor, nn.Parameter):", "if False:", CHECKPOINTS),
+    ("_pickling.py", "if not all(same_bits(", "if False and not all(same_bits(", CHECKPOINTS),
+    ("_pickling.py", "-(file.tell() + header) % _ALIGNMENT", "0", CHECKPOINTS),
+    ("_safetensors.py", "start != end or stop - start != entry.n_bytes or 8 + length + stop > size", "False", CHECKPOINTS),
+    ("_tensors.py", "tensor.detach().resolve_conj().resolve_neg().contiguous()", "tensor.detach()", CHECKPOINTS),
+    ("_names.py", "(DistributedDataParallel, DataParallel, AveragedModel)", "DistributedDataParallel", NAMES),
+    ("_names.py", "{prefix + name for name in shorter} == set(longer)", "True", NAMES),
+    ("atomic.py", "        os.replace(temporary, target)\n", "        shutil.copy(temporary, target)\n", CHECKPOINTS),
+    ("atomic.py", "target = os.path.realpath(target)", "pass", ATOMIC),
+    ("atomic.py", "            if is_ours:\n", "            if True:\n", ATOMIC),
+    ("atomic.py", "(name == last, name)", "name", ATOMIC),
     ("files.py", "if final else", "if not final else", FILES),
     ("files.py", "checkpoint.sha256() != digest", "False", FILES),
     ("files.py", "        problems += _unmatched(", "        _ = (", FILES),

@@ -161,7 +161,7 @@ def test_nothing_but_tensors_is_unpickled(tmp_path: Path):
             return os.system, ("touch " + str(tmp_path / "owned"),)
 
     torch.save({"w": torch.ones(1), "evil": Evil()}, tmp_path / "a.pt")
-    with pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(Exception, match=r"it holds a posix\.system, and code of files is never run here"):
         read(tmp_path / "a.pt")
     assert not (tmp_path / "owned").exists()
 

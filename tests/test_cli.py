@@ -174,7 +174,7 @@ def test_verify_tells_by_its_exit_code(capsys: pytest.CaptureFixture[str]):
         (("path", *PAIR, "--evaluate", "nowhere:none"), "got 'nowhere:none': No module named 'nowhere'"),
         (("path", *PAIR, "--evaluate", "judging"), "--evaluate takes MODULE:FUNCTION, got 'judging'"),
         (("inspect", "junk.safetensors"), "junk.safetensors"),
-        (("diff", PAIR[0], "."), "irectory"),
+        (("diff", PAIR[0], "."), ". holds several checkpoints ("),
         (("patch", *PAIR, "--anchor-weight", "*=1", "a.*=0", "-o", "o.safetensors"), "'a.*' in anchor_weight decides"),
         (("patch", *PAIR, "--anchor-weight", "0.5", "-o", "no/folder/o.safetensors"), "no/folder"),
         (("path", *PAIR, "--evaluate", "judging:none"), "--evaluate takes MODULE:FUNCTION, got 'judging:none'"),

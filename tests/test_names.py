@@ -128,7 +128,7 @@ def test_one_prefix_before_all_names_of_one_input_is_ignored_and_said(tmp_path: 
         assert all(torch.equal(found[n], t) for n, t in expected.items())
     back = patch_files(paths[1], paths[0], paths[2], anchor_weight=0.5)
     assert load_file(paths[2]).keys() == weights.keys()
-    assert back.prefixes == {str(paths[1]): "net.clip."}
+    assert [*back.prefixes.values()] == ["net.clip."]
     assert patch_files(paths[0], paths[0], paths[2], anchor_weight=0.5).prefixes == {}
 
 
