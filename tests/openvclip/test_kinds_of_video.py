@@ -200,13 +200,13 @@ def test_every_real_clip_is_what_is_announced(real_videos: Path) -> None:
             check(path)
 
 
-@pytest.mark.parametrize("side", [None, 72])
-def test_decord_gives_the_same_pixels(tmp_path: Path, side: int | None) -> None:
-    for name, codec, pixel_format in (("a.mp4", "libx264", "yuv420p"), ("b.mp4", "libx264", "yuv420p10le")):
-        video = Video(plain(tmp_path / name, codec, pixel_format=pixel_format, g="10"), side)
-        height, width = video.size
-        other = decord.VideoReader(str(video.path), width=width, height=height, num_threads=1)
-        assert np.array_equal(video.frames([0, 9, 10, 31]), other.get_batch([0, 9, 10, 31]).asnumpy())
+@pytest.mark.parametrize(("pixel_format", "side"), [("yuv420p", None), ("yuv420p", 53), ("yuv420p10le", 53)])
+def test_decord_gives_the_same_pixels(tmp_path: Path, pixel_format: str, side: int | None) -> None:
+    video = Video(plain(tmp_path / "a.mp4", pixel_format=pixel_format, g="10"), side)
+    height, width = video.size
+    assert side is None or width % 2 == 1  # of an even width that it makes, decord gives two pixels one colour
+    other = decord.VideoReader(str(video.path), width=width, height=height, num_threads=1)
+    assert np.array_equal(video.frames([0, 9, 10, 31]), other.get_batch([0, 9, 10, 31]).asnumpy())
 
 
 def coloured(path: Path, matrix: int, value_range: int, planes: list[np.ndarray], **options: str) -> Path:
