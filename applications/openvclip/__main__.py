@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = importlib.import_module(f"applications.openvclip.commands.{verb}")
     try:
         command.main(rest)
+    except KeyboardInterrupt:
+        print(f"openvclip {verb}: interrupted", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         if not is_mistake(error):
             raise

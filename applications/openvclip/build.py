@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,6 +46,8 @@ class Run:
     journal: Journal
     clips: TrainingClips
     order: TrainingOrder
+    clip: nn.Module
+    """The whole CLIP, of which the trainer's model is the image tower."""
     anchor: dict[str, Tensor]
     """A copy of the pretrained weights; the model's own are trained."""
     trainer: Trainer
@@ -63,8 +66,7 @@ def run(config: Config) -> Run:
     source = clip(config.model)
     training_set = data_set(d.train, d.train_root, d.train_names, seed=config.seed)
     model = VideoEncoder(source.clip, edge=config.model.edge)
-    folder = RunFolder(config.output or new_path(config.recipe))
-    journal = Journal(folder.journal)
+    evaluated = evaluation(source, config, protocols(config, training_set.classes))
     if o.batch_size > len(training_set):
         raise ValueError(
             f"--optimization.batch-size: must be at most {len(training_set)}, the videos of {d.train}, "
@@ -72,6 +74,9 @@ def run(config: Config) -> Run:
         )
     steps_per_epoch = len(training_set) // o.batch_size
     order = TrainingOrder(len(training_set), o.batch_size, config.seed, 0, o.epochs * steps_per_epoch)
+    averaged = averager(config.method, model, config, steps_per_epoch)
+    folder = RunFolder(config.output or new_path(config.recipe))
+    journal = Journal(folder.journal)
     trainer = Trainer(
         model,
         class_embeddings=class_embeddings(source.clip, source.tokenizer, training_set.classes, TEMPLATES[d.templates]),
@@ -84,9 +89,10 @@ def run(config: Config) -> Run:
             schedule=o.schedule,
         ),
         regularizer=regularizer(config.method, model, config),
-        averager=averager(config.method, model, config, steps_per_epoch),
+        averager=averaged,
         max_gradient_norm=o.max_gradient_norm,
         journal=journal,
+        videos=training_set.hash,
     )
     clips = TrainingClips(training_set, config.sampling, source.image_size, config.augmentation, config.seed, cache(d))
     return Run(
@@ -95,13 +101,14 @@ def run(config: Config) -> Run:
         journal=journal,
         clips=clips,
         order=order,
+        clip=source.clip,
         anchor=anchor(source),
         trainer=trainer,
         batches=lambda order, on_unreadable: on_device(
             training_batches(clips, order, workers=d.workers, time_limit_s=d.time_limit_s, on_unreadable=on_unreadable),
             normalisation(source),
         ),
-        evaluation=evaluation(source, config, protocols(config, training_set.classes)),
+        evaluation=evaluated,
     )
 
 
@@ -165,19 +172,25 @@ def data_set(source: str, root: str | None = None, names: str | None = None, *, 
 
 
 def protocols(config: Config, training_classes: Collection[str]) -> list[Protocol]:
-    """What a run is evaluated on: the sets of `data.test`, and published protocols."""
+    """What a run is evaluated on: the sets of `data.test`, and published protocols.
+
+    Sets of the same name are named by where they are; what has the classes of training is the closed set.
+    """
+    manifests = {source: data_set(source, seed=config.seed) for source in config.data.test}
+    names = Counter(manifest.name for manifest in manifests.values())
     own = [
         Protocol(
-            manifest.name,
+            manifest.name if names[manifest.name] == 1 else source,
             (manifest,),
             TEMPLATES[config.data.templates],
             config.sampling,
             unreadable=config.evaluation.unreadable,
-            closed=set(manifest.classes) == set(training_classes),
         )
-        for manifest in (data_set(source, seed=config.seed) for source in config.data.test)
+        for source, manifest in manifests.items()
     ]
-    return own + published_protocols(config.evaluation, config.seed)
+    found = own + published_protocols(config.evaluation, config.seed)
+    closed = set(training_classes)
+    return [replace(p, closed=p.closed or {c for part in p.parts for c in part.classes} == closed) for p in found]
 
 
 def published_protocols(e: EvaluationConfig, seed: int) -> list[Protocol]:

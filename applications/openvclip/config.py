@@ -128,6 +128,11 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
+FREE = ("output", "evaluation.", "data.train", "data.test", "data.workers", "data.time_limit_s", "data.cache_gb")
+"""Settings that change nothing of what is learnt, by the beginning of their names. Of the training set it is the videos
+and their classes that count, not where they are; the trainer sees to that."""
+
+
 _converter = cattrs.Converter(
     forbid_extra_keys=True, detailed_validation=False, unstruct_collection_overrides={tuple: list}
 )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from applications.openvclip import evaluate, train
+from applications.openvclip import build, evaluate, train
+from applications.openvclip.config import from_dict
 from applications.openvclip.data.decode import Video, VideoReadError
 from applications.openvclip.data.layouts import read_dataset
 from applications.openvclip.miniature import tiny_clip
@@ -23,7 +25,8 @@ from applications.openvclip.model.classifier import class_embeddings
 from applications.openvclip.model.prompts import OBJECT_TEMPLATES
 from applications.openvclip.model.video_encoder import VideoEncoder
 from applications.openvclip.runs.journal import read_journal
-from interpolate import WeightMismatchError
+from applications.openvclip.runs.lock import LockedError, locked
+from interpolate import WeightMismatchError, patch_files
 from tests.openvclip.files import write_manifest
 
 
@@ -72,11 +75,19 @@ def test_a_run_leaves_its_results_and_how_they_were_made(run: Path) -> None:
 def test_the_patched_weights_are_the_interpolation(run: Path, source) -> None:
     patched = load_file(run / "patched.safetensors")
     anchor = source.clip.state_dict()
-    assert patched.keys() == weights(run).keys() < anchor.keys()
+    assert patched.keys() == weights(run).keys() == anchor.keys()
     assert (run / "patched.safetensors").stat().st_mode == (run / "config.json").stat().st_mode  # as the umask has it
     for name, theta in weights(run).items():
         torch.testing.assert_close(patched[name], 0.5 * anchor[name] + 0.5 * theta)
-    source.clip.load_state_dict(patched, strict=False)
+
+
+def test_weights_of_a_run_are_whole_clips_that_load_and_mix_like_the_pretrained_file(run: Path, tmp_path: Path) -> None:
+    clip = tiny_clip.load_pretrained(torch.device("cpu")).clip
+    clip.load_state_dict(load_file(run / "patched.safetensors"), strict=True)
+    patch_files(tiny_clip.WEIGHTS, run / "averaged.safetensors", tmp_path / "out.safetensors", anchor_weight=0.5)
+    mixed = load_file(tmp_path / "out.safetensors")
+    for name, tensor in load_file(run / "patched.safetensors").items():
+        assert torch.equal(mixed[name], tensor), name
 
 
 def test_the_accuracies_are_those_of_the_weights_that_they_are_said_to_be_of(
@@ -86,7 +97,8 @@ def test_the_accuracies_are_those_of_the_weights_that_they_are_said_to_be_of(
     manifest = read_dataset(str(small_world["closed"]))
     clip = tiny_clip.load()
     classes = class_embeddings(clip, source.tokenizer, manifest.classes, OBJECT_TEMPLATES)
-    temporal = VideoEncoder(tiny_clip.load())
+    tuned = tiny_clip.load()
+    temporal = VideoEncoder(tuned)
     frames = [Video(Path(manifest.location(i)), 32).frames([1, 5, 9, 13]) for i in range(len(manifest))]
     videos = [(torch.from_numpy(f).float() / 255 - 0.5).div(0.25).permute(0, 3, 1, 2) for f in frames]
 
@@ -105,9 +117,9 @@ def test_the_accuracies_are_those_of_the_weights_that_they_are_said_to_be_of(
     with torch.no_grad():
         assert reported["CLIP*"] == pytest.approx(accuracy(frame_by_frame))
         assert reported["1"] == pytest.approx(accuracy(over_frames))
-        temporal.load_state_dict(weights(run))
+        tuned.load_state_dict(weights(run))
         assert reported["0"] == pytest.approx(accuracy(over_frames))
-        temporal.load_state_dict(load_file(run / "patched.safetensors"))
+        tuned.load_state_dict(load_file(run / "patched.safetensors"))
         assert reported["0.5"] == pytest.approx(accuracy(over_frames))
     assert reported["CLIP*"] != reported["0"]
 
@@ -118,7 +130,7 @@ def test_the_same_seed_gives_the_same_bits(run: Path, small_world: dict[str, Pat
 
 
 def test_a_killed_run_goes_on_as_if_it_had_never_stopped(
-    run: Path, small_world: dict[str, Path], tmp_path: Path
+    run: Path, small_world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "applications.openvclip.train", *arguments(small_world, folder)]
@@ -130,8 +142,16 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (folder / "results.json").exists()
-    train.main(arguments(small_world, folder))
-    assert [e["event"] for e in read_journal(folder / "journal.jsonl")].count("resume") == 1
+    with (folder / "journal.jsonl").open("a") as torn:
+        torn.write('{"event": "st')
+    moved = tmp_path / "moved"
+    shutil.copytree(small_world["train"].parent, moved)
+    monkeypatch.chdir(tmp_path)
+    train.main(["--resume", "killed", "--data.workers", "2", "--data.train", str(moved / "manifest.csv")])
+    events = read_journal(folder / "journal.jsonl")
+    assert [e["event"] for e in events].count("resume") == 1
+    (resumed,) = (e["changed"] for e in events if e["event"] == "start" and e["changed"])
+    assert [text.partition(":")[0] for text in resumed] == ["output", "data.train", "data.workers"]
     assert_same_weights(run, folder)
 
 
@@ -187,9 +207,10 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
 def test_training_on_nothing_but_corrupt_videos_ends_with_their_name(
     small_world: dict[str, Path], tmp_path: Path
 ) -> None:
-    (tmp_path / "broken.mp4").write_bytes(b"\x00" * 100)
-    train_set = write_manifest(tmp_path / "m.csv", [("broken.mp4", "cloud")] * 4)
-    with pytest.raises(VideoReadError, match=r"none of 10 videos in a row .*broken\.mp4: 100 bytes, not a readable"):
+    for i in range(4):
+        (tmp_path / f"broken{i}.mp4").write_bytes(b"\x00" * 100)
+    train_set = write_manifest(tmp_path / "m.csv", [(f"broken{i}.mp4", "cloud") for i in range(4)])
+    with pytest.raises(VideoReadError, match=r"none of 10 videos in a row .*broken\d\.mp4: 100 bytes, not a readable"):
         train.main(arguments(small_world, tmp_path / "run", "--data.train", str(train_set)))
 
 
@@ -212,3 +233,47 @@ def test_the_miniature_gains_closed_accuracy_and_keeps_the_open_vocabulary(tmp_p
     assert sum(patched[name] > baseline[name] for name in ("zs_object", "zs_motion", "zs_colour")) >= 2
     assert unpatched["images"] < baseline["images"] - 0.1
     assert patched["images"] > unpatched["images"] + 0.05
+
+
+def test_a_resumed_run_on_other_videos_is_refused(run: Path, small_world: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "unfinished"
+    shutil.copytree(run, folder)
+    (folder / "results.json").unlink()
+    with pytest.raises(ValueError, match="has other videos or classes"):
+        train.main(["--resume", str(folder), "--data.train", str(small_world["closed"])])
+
+
+def test_a_folder_in_use_is_named_with_its_holder(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "unfinished"
+    shutil.copytree(run, folder)
+    with locked(folder), pytest.raises(LockedError, match=f"in use by process {os.getpid()}"):
+        evaluate.main([str(folder)])
+    (folder / "results.json").unlink()
+    with locked(folder), pytest.raises(LockedError, match=f"in use by process {os.getpid()}"):
+        train.main(["--resume", str(folder)])
+
+
+def test_training_under_torchrun_is_refused(small_world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="training runs in one process"):
+        train.main(arguments(small_world, tmp_path / "shared"))
+
+
+def test_sets_of_one_name_are_told_apart_and_protocols_of_one_name_refused(
+    run: Path, small_world: dict[str, Path], tmp_path: Path
+) -> None:
+    for folder in ("a", "b"):
+        shutil.copytree(small_world["closed"].parent, tmp_path / folder / "val")
+    sets = [str(tmp_path / folder / "val" / "manifest.csv") for folder in ("a", "b")]
+    config = from_dict(json.loads((run / "config.json").read_text()))
+    found = build.protocols(replace(config, data=replace(config.data, test=tuple(sets))), read_dataset(sets[0]).classes)
+    assert [p.name for p in found] == sets
+    assert all(p.closed for p in found)
+    (tmp_path / "p.json").write_text(
+        json.dumps({"name": "mine", "parts": [{"source": sets[0]}], "templates": "objects"})
+    )
+    (tmp_path / "q.json").write_text(
+        json.dumps({"name": "mine", "parts": [{"source": sets[1]}], "templates": "objects"})
+    )
+    with pytest.raises(ValueError, match="mine: several sets or protocols of this name"):
+        evaluate.main([str(run), "--protocols", str(tmp_path / "p.json"), str(tmp_path / "q.json")])

@@ -8,9 +8,10 @@ import pytest
 from cattrs.errors import ForbiddenExtraKeysError
 
 from applications.openvclip.commands.train import parse
-from applications.openvclip.config import Config, DataConfig, from_dict, to_dict
+from applications.openvclip.config import FREE, Config, DataConfig, EvaluationConfig, from_dict, to_dict
+from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.recipes import RECIPES
-from applications.openvclip.runs.folder import RunFolder, differences
+from applications.openvclip.runs.folder import RunFolder, differences, new_path
 
 
 def test_a_configuration_survives_json() -> None:
@@ -77,10 +78,13 @@ def test_the_library_imports_nothing_of_its_application() -> None:
 def test_a_run_goes_on_only_in_its_own_folder(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     config = Config("miniature", output=folder.path)
-    folder.open_for_training(to_dict(config))
+    folder.open_for_training(to_dict(replace(config, seed=1)))
+    folder.open_for_training(to_dict(config))  # nothing has been learnt there yet
+    assert folder.read_settings()["seed"] == 0
+    folder.training_state.write_text("what has been learnt")
     folder.open_for_training(to_dict(config))
     with pytest.raises(FileExistsError, match="another configuration \\(seed: 0, now 1\\)"):
-        folder.open_for_training(to_dict(replace(config, seed=1)))
+        folder.open_for_training(to_dict(replace(config, seed=1)), FREE)
     folder.results.write_text("{}")
     with pytest.raises(FileExistsError, match="finished run"):
         folder.open_for_training(to_dict(config))
@@ -88,3 +92,45 @@ def test_a_run_goes_on_only_in_its_own_folder(tmp_path: Path) -> None:
     (tmp_path / "other" / "thesis.tex").write_text("")
     with pytest.raises(FileExistsError, match="is not empty and holds no run"):
         RunFolder(tmp_path / "other").open_for_training(to_dict(config))
+
+
+def test_what_changes_nothing_of_what_is_learnt_may_differ_and_is_said(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    config = Config("miniature", output=tmp_path, data=DataConfig(train="videos"))
+    folder.open_for_training(to_dict(config))
+    folder.training_state.write_text("what has been learnt")
+    data = replace(config.data, workers=7, train="/moved/videos", test=("more",))
+    changed = replace(config, output=Path("elsewhere"), data=data, evaluation=EvaluationConfig(anchor_weight=0.3))
+    told = folder.open_for_training(to_dict(changed), FREE)
+    assert {text.partition(":")[0] for text in told} == {
+        *("output", "data.workers", "data.train", "data.test", "evaluation.anchor_weight")
+    }
+    assert folder.read_settings() == to_dict(changed)
+    with pytest.raises(FileExistsError, match=r"sampling\.frames: 8, now 4"):
+        folder.open_for_training(to_dict(replace(changed, sampling=Sampling(frames=4))), FREE)
+
+
+def test_every_free_setting_is_one() -> None:
+    names = [name for name, _ in flat(to_dict(Config("miniature")))]
+    assert all(any(name.startswith(free) for name in names) for free in FREE)
+
+
+def test_differences_name_what_is_in_one_of_both() -> None:
+    assert differences({"a": {"b": 1}}, {"a": {"c": 2}, "d": {}}) == [
+        *("a.b: 1, now not there", "a.c: not there, now 2", "d: not there, now {}")
+    ]
+
+
+def test_runs_that_begin_in_one_second_have_folders_of_their_own(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = [new_path("miniature") for _ in range(20)]
+    assert len(set(paths)) == 20
+    assert all(path.is_dir() for path in paths)
+
+
+def flat(settings: dict, name: str = "") -> list:
+    return [
+        pair
+        for key, value in settings.items()
+        for pair in (flat(value, f"{name}{key}.") if isinstance(value, dict) and value else [(f"{name}{key}", value)])
+    ]

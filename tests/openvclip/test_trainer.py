@@ -39,6 +39,7 @@ def make_trainer(folder: Path, learning_rate: float = 0.1) -> Trainer:
         averager=SWAAverager(model, start_step=3, cycle_steps=2),
         max_gradient_norm=1.0,
         journal=Journal(folder / "journal.jsonl"),
+        videos="those of this test",
     )
 
 

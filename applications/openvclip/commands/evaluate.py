@@ -76,7 +76,7 @@ def evaluate_run(run: Path, options: OfRun) -> None:
         WeightMismatchError: The pretrained weights are not those that the run started from.
     """
     from applications.openvclip import build
-    from applications.openvclip.commands.report import report
+    from applications.openvclip.commands.report import alone_in, report
     from applications.openvclip.ranges import check, evaluation_ranges
     from applications.openvclip.runs.folder import RunFolder
     from applications.openvclip.runs.weights import fingerprint, load_weights
@@ -89,14 +89,16 @@ def evaluate_run(run: Path, options: OfRun) -> None:
         raise FileNotFoundError(f"{folder.path} has no {folder.averaged.name}: its training has not ended.")
     source = build.clip(config.model)
     anchor = build.anchor(source)
-    theta, metadata = load_weights(folder.averaged)
+    whole, metadata = load_weights(folder.averaged)
+    theta = {name: whole[name] for name in anchor}
     if metadata["anchor"] != fingerprint(anchor):
         raise WeightMismatchError(
             f"{folder.averaged} was trained from other pretrained weights than {config.model.name} "
             f"{config.model.pretrained or ''} holds now (fingerprint {metadata['anchor']}, now {fingerprint(anchor)})."
         )
     evaluation = build.evaluation(source, config, build.protocols(config, json.loads(metadata["classes"])))
-    report(folder, evaluation(anchor, theta, folder.logits), to_dict(config))
+    with alone_in(folder):
+        report(folder, evaluation(anchor, theta, folder.logits), to_dict(config))
 
 
 def with_processes(evaluate: Callable[[], None]) -> None:

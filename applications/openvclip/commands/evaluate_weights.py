@@ -36,7 +36,7 @@ def evaluate_weights(options: OfWeights) -> None:
     from rich.console import Console
 
     from applications.openvclip import build
-    from applications.openvclip.commands.report import report
+    from applications.openvclip.commands.report import alone_in, report
     from applications.openvclip.model import pretrained
     from applications.openvclip.ranges import check, evaluation_ranges
     from applications.openvclip.runs.folder import RunFolder
@@ -57,5 +57,5 @@ def evaluate_weights(options: OfWeights) -> None:
             Console().print(told, soft_wrap=True)
     evaluation = build.evaluation(source, config, build.protocols(config, ()))
     folder = RunFolder(options.output)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    report(folder, evaluation(build.anchor(source), theta, folder.logits), to_dict(config))
+    with alone_in(folder):
+        report(folder, evaluation(build.anchor(source), theta, folder.logits), to_dict(config))

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
 
 from applications.openvclip import distributed
 from applications.openvclip.runs.folder import RunFolder
+from applications.openvclip.runs.lock import locked
 from applications.openvclip.runs.provenance import provenance
 from applications.openvclip.runs.texts import write_text
 from applications.openvclip.zeroshot import tables
 from applications.openvclip.zeroshot.plot import plot_tradeoff
 from applications.openvclip.zeroshot.results import ProtocolResult, Results, write_results
+
+
+@contextmanager
+def alone_in(folder: RunFolder) -> Iterator[None]:
+    """Keep the processes of other commands out of a folder, which is made if it is not there."""
+    with locked(folder.path) if distributed.rank() == 0 else nullcontext():
+        yield
 
 
 def report(folder: RunFolder, found: Sequence[ProtocolResult], settings: dict[str, Any]) -> None:
@@ -40,4 +49,10 @@ def report(folder: RunFolder, found: Sequence[ProtocolResult], settings: dict[st
     if patched and any(r.closed for r in found) and not all(r.closed for r in found):
         plot_tradeoff(folder.plot, results)
         console.print(f"the trade-off along the anchor weight: {folder.plot}", soft_wrap=True)
+    else:
+        console.print(
+            "no plot of the trade-off: it needs fine-tuned weights, a set with the classes of training and one with "
+            "others.",
+            soft_wrap=True,
+        )
     console.print(f"all figures: {folder.results}, as tables: {folder.markdown}", soft_wrap=True)

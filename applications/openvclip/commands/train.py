@@ -2,28 +2,41 @@
 
 $ openvclip train                                    # the built-in miniature
 $ openvclip train miniature --optimization.epochs 5
+$ openvclip train --resume runs/miniature-…          # what was cut off goes on, with its own settings
 $ openvclip train --help                             # recipes; and miniature --help: every field
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
-from applications.openvclip.config import Config
+from applications.openvclip.config import FREE, Config, from_dict
 from applications.openvclip.recipes import RECIPES
+from applications.openvclip.runs.folder import RunFolder
+from applications.openvclip.runs.lock import locked
 
 if TYPE_CHECKING:
     from applications.openvclip.build import Run
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """A recipe by name (by default miniature), its fields overridden by options."""
+    """A recipe by name (by default miniature), or the settings of a run to resume; fields overridden by options."""
+    resuming = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    resuming.add_argument("--resume", type=Path)
+    resumed, arguments = resuming.parse_known_args(arguments)
+    if resumed.resume is not None:
+        settings = from_dict(RunFolder(resumed.resume).read_settings())
+        overridden = tyro.cli(Config, prog="openvclip train", description=__doc__, args=arguments, default=settings)
+        return replace(overridden, output=resumed.resume)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["miniature", *arguments]
     recipes = {name: ((recipe.__doc__ or "").strip(), recipe()) for name, recipe in RECIPES.items()}
@@ -32,12 +45,19 @@ def parse(arguments: Sequence[str]) -> Config:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(sys.argv[1:] if arguments is None else arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("training runs in one process: start it without torchrun. Evaluation takes several.")
     from applications.openvclip import build  # torch and the like take seconds; --help must not wait for them
 
+    run = build.run(config)
     try:
-        train(build.run(config))
+        with locked(run.folder.path) as former:
+            if former:
+                print(f"{run.folder.path}: taken over from {former}")
+            train(run)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command with --output and the run's folder goes on from the last whole epoch")
+        print(f"`openvclip train --resume {run.folder.path}` goes on from the last whole epoch", file=sys.stderr)
+        raise
 
 
 def train(run: Run) -> None:
@@ -52,9 +72,9 @@ def train(run: Run) -> None:
 
     console = Console()
     folder, trainer = run.folder, run.trainer
-    folder.open_for_training(run.settings)
+    changed = folder.open_for_training(run.settings, FREE)
     console.print(f"run: {folder.path}", soft_wrap=True)
-    run.journal.write("start", **provenance(), config=run.settings)
+    run.journal.write("start", **provenance(), config=run.settings, changed=changed)
     torch.manual_seed(run.settings["seed"])
 
     replaced: dict[str, str] = {}
@@ -77,8 +97,9 @@ def train(run: Run) -> None:
         "seed": str(run.settings["seed"]),
         "classes": json.dumps(run.clips.manifest.classes),
     }
-    save_weights(folder.averaged, theta, metadata | {"content": "mean of the fine-tuned weights"})
+    whole = run.clip.state_dict()  # with the text tower, so that it loads wherever such a CLIP does
+    save_weights(folder.averaged, whole | theta, metadata | {"content": "mean of the fine-tuned weights"})
     patched = patch(run.anchor, theta, anchor_weight=weight)
-    save_weights(folder.patched, patched, metadata | {"content": f"patched, anchor weight {weight:g}"})
+    save_weights(folder.patched, whole | patched, metadata | {"content": f"patched, anchor weight {weight:g}"})
     report(folder, run.evaluation(run.anchor, theta, folder.logits), run.settings)
     run.journal.write("end")

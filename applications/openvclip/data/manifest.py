@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import difflib
+import hashlib
+import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +28,12 @@ class Manifest:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def hash(self) -> str:
+        """16 hexadecimal digits of the videos in their order and their classes, wherever they are stored."""
+        content = json.dumps([self.paths, self.labels, self.classes])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def location(self, i: int) -> str:
         """Path or URL of a video."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -69,45 +71,66 @@ class RunFolder:
             raise FileNotFoundError(f"{self.path} is no folder of a run: there is no {self.config.name} in it.")
         return json_object(self.config.read_text(encoding="utf-8"), self.config)
 
-    def open_for_training(self, settings: dict[str, Any]) -> None:
-        """Make the folder of a new run, or go on with an unfinished run of the same configuration.
+    def open_for_training(self, settings: dict[str, Any], free: Collection[str] = ()) -> list[str]:
+        """Make the folder of a new run, or go on with an unfinished run.
+
+        As long as nothing has been learnt there, any settings will do; afterwards those of the run.
 
         Args:
             settings: The configuration, as plain values for JSON.
+            free: Settings that may differ, a name or the beginning of names: what they say does not change what is
+                learnt.
+
+        Returns:
+            The free settings that differ from those of the run so far.
 
         Raises:
             FileExistsError: The folder holds something else: a finished run, one of another configuration, or no run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        if not self.config.exists():
-            if any(self.path.iterdir()):
-                raise FileExistsError(f"{self.path} is not empty and holds no run; choose another --output.")
-            write_text(self.config, json.dumps(settings, indent=2) + "\n")
-            return
-        changed = differences(self.read_settings(), settings)
-        if changed:
-            raise FileExistsError(
-                f"{self.path} holds a run of another configuration ({', '.join(changed)}); choose another --output."
-            )
-        if self.results.exists():
-            raise FileExistsError(
-                f"{self.path} holds a finished run; `openvclip evaluate {self.path}` evaluates it again, another "
-                "--output trains anew."
-            )
+        changed: list[str] = []
+        if self.config.exists():
+            if self.results.exists():
+                raise FileExistsError(
+                    f"{self.path} holds a finished run; `openvclip evaluate {self.path}` evaluates it again, another "
+                    "--output trains anew."
+                )
+            if self.training_state.exists():
+                changed = differences(self.read_settings(), settings)
+            bound = [text for text in changed if not text.startswith(tuple(free))]
+            if bound:
+                raise FileExistsError(
+                    f"{self.path} holds a run of another configuration ({', '.join(bound)}); choose another --output."
+                )
+        elif any(path.name != ".lock" for path in self.path.iterdir()):
+            raise FileExistsError(f"{self.path} is not empty and holds no run; choose another --output.")
+        write_text(self.config, json.dumps(settings, indent=2) + "\n")
+        return changed
 
 
 def new_path(recipe: str) -> Path:
-    """Where a run goes that was not told where to."""
-    return Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+    """A new folder for a run that was not told where to go."""
+    path = stem = Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+    for i in count(2):
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:  # of another run that began in this second
+            path = stem.with_name(f"{stem.name}-{i}")
+    raise AssertionError("there are numbers enough")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The settings that differ, as "sampling.frames: 4, now 8"."""
+    """The settings that differ, those in one of both too, as "sampling.frames: 4, now 8"."""
 
     def flat(value: object, name: str) -> dict[str, object]:
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or not value:
             return {name: value}
         return {key: leaf for part in value for key, leaf in flat(value[part], f"{name}.{part}").items()}
 
     before, after = (flat(settings, "") for settings in (old, new))
-    return [f"{name[1:]}: {before[name]}, now {after[name]}" for name in before if before[name] != after[name]]
+    return [
+        f"{name[1:]}: {before.get(name, 'not there')}, now {after.get(name, 'not there')}"
+        for name in {**before, **after}
+        if name not in before or name not in after or before[name] != after[name]
+    ]

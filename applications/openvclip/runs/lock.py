@@ -39,6 +39,7 @@ def locked(folder: Path) -> Iterator[str | None]:
         ...     print(former)
         None
     """
+    folder.mkdir(parents=True, exist_ok=True)
     path, me = folder / ".lock", {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
     former = None
     while not _created(path, me):

@@ -33,6 +33,8 @@ class Trainer:
     averager: SWAAverager
     max_gradient_norm: float
     journal: Journal
+    videos: str
+    """What is trained on, as a hash."""
     step: int = 0
     """Steps taken."""
 
@@ -96,6 +98,7 @@ class Trainer:
         """Everything that `load_state_dict` needs to go on as if training had never stopped."""
         return {
             "step": self.step,
+            "videos": self.videos,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "regularizer": self.regularizer.state_dict(),
@@ -103,6 +106,16 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            ValueError: It was trained on other videos.
+        """
+        if state["videos"] != self.videos:
+            raise ValueError(
+                "the training set has other videos or classes than the run was begun with; give back the set of then "
+                "(it may lie elsewhere), or begin a new run."
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.regularizer.load_state_dict(state["regularizer"])

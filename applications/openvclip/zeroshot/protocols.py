@@ -112,14 +112,15 @@ def read_protocol(source: str, unreadable: Unreadable = "wrong") -> Protocol:
     """Your own protocol, as JSON.
 
     `{"name": …, "parts": [{"source": …, "root": …, "names": …, "classes": […]}], "templates": "actions",
-    "sampling": {"frames": 8, …}, "top_k": [1, 5]}`. A part's source and names are read as by
-    `applications.openvclip.data.layouts.read_dataset`, relative to the file; only `name` and `parts` are required.
+    "sampling": {"frames": 8, …}, "top_k": [1, 5], "closed": true}`. A part's source and names are read as by
+    `applications.openvclip.data.layouts.read_dataset`, relative to the file. Only `name` and `parts` are required;
+    `closed` says that the classes are those of training, which of a run's own training classes is found out anyway.
 
     Raises:
         ValueError: A field is unknown or of another kind, or a part has no class that is asked for.
     """
     content = json_object(storage.read_text(source), source)
-    unknown = content.keys() - {"name", "parts", "templates", "sampling", "top_k"}
+    unknown = content.keys() - {"name", "parts", "templates", "sampling", "top_k", "closed"}
     if unknown or not {"name", "parts"} <= content.keys():
         raise ValueError(f"{source}: name and parts are required; unknown: {', '.join(unknown) or 'nothing'}.")
     folder = storage.parent(source)
@@ -141,6 +142,7 @@ def read_protocol(source: str, unreadable: Unreadable = "wrong") -> Protocol:
         cattrs.Converter(forbid_extra_keys=True).structure(content.get("sampling", {}), Sampling),
         tuple(content.get("top_k", (1,))),
         unreadable,
+        content.get("closed", False) is True,
     )
 
 
