@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interpolate._places import file_system, is_local, opened
+from interpolate._places import base_name, file_system, is_local, opened
 from interpolate._tensors import Entry
 from interpolate.errors import CheckpointError
 
@@ -41,7 +41,7 @@ class PickledShard:
         self._content: Any = None
         self._flat: tuple[str, Tensor] | None = None
         content, weights = self._open()
-        shard = posixpath.basename(path)
+        shard = base_name(path)
         self.entries = {name: Entry(t.dtype, tuple(t.shape), shard) for name, t in self.tensors.items()}
         self.ties = tuple(_ties(self.tensors))
         self.rest = [str(name) for name in weights if name not in self.tensors]
@@ -119,6 +119,8 @@ def _reason(error: Exception) -> str:
             f"it holds a {found[1]}, and code of files is never run here. If you trust it, load it with "
             "torch.load(…, weights_only=False) and save its state_dict() alone."
         )
+    if found := re.search(r"WeightsUnpickler error:\s*(.+)", text):
+        text = found[1]
     return f"{(text or type(error).__name__).splitlines()[0][:200]}. Is it a checkpoint, and all of it?"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+from contextlib import suppress
 from fnmatch import fnmatch
 from typing import Any
 
@@ -34,10 +35,38 @@ def file_system(path: str) -> tuple[Any, str]:
     Raises:
         CheckpointError: The file system needs a package that is not installed.
     """
+    if os.path.exists(path):  # whatever its name looks like
+        return LocalFileSystem(), os.path.abspath(path)
     try:
         return fsspec.core.url_to_fs(path)
     except ImportError as error:
         raise CheckpointError(f"{path} can't be reached: {error}.") from error
+
+
+def name_of(path: str) -> str:
+    """The part of a chained URL that names the file itself; else the path.
+
+    Example:
+        >>> name_of("simplecache::zip://a.pt::b.zip")
+        'zip://a.pt'
+    """
+    links = [] if os.path.exists(path) else path.split("::")
+    return next((link for link in links if link not in _INSIDE_OTHERS), path)
+
+
+def base_name(path: str) -> str:
+    return posixpath.basename(name_of(path))
+
+
+def beside(path: str, name: str) -> str:
+    """Another file in the folder of a file.
+
+    Example:
+        >>> beside("zip://in/a.pt::b.zip", "c.pt")
+        'zip://in/c.pt::b.zip'
+    """
+    own = name_of(path)
+    return path.replace(own, own[: len(own) - len(posixpath.basename(own))] + name, 1)
 
 
 def is_local(path: str) -> bool:
@@ -56,6 +85,8 @@ def opened(path: str) -> Any:
         file.close()
         raise CheckpointError(f"{path} is a pointer of git-lfs, not the file itself; fetch it with `git lfs pull`.")
     file.seek(0)
+    with suppress(AttributeError):
+        file.kept_alive = fs  # fsspec closes an archive, under the files in it, when nobody holds its file system
     return file
 
 
@@ -83,7 +114,7 @@ def in_folder(path: str) -> str:
     Raises:
         CheckpointError: There is none in the folder, or one can't tell which is meant.
     """
-    if path.endswith((SAFETENSORS, INDEX, *PICKLED)) and not os.path.isdir(path):
+    if name_of(path).endswith((SAFETENSORS, INDEX, *PICKLED)) and not os.path.isdir(path):
         return path  # without asking a server
     fs, target = file_system(path)
     if not fs.isdir(target):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import posixpath
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from interpolate._places import opened
+from interpolate._places import base_name, opened
 from interpolate._tensors import Entry, read_tensor, write_tensor
 from interpolate.atomic import flushed
 from interpolate.errors import CheckpointError
@@ -82,7 +81,7 @@ def _header(file: Any, path: str) -> tuple[dict[str, Entry], dict[str, int], dic
     described = [(name, *_described(path, name, value)) for name, value in header.items()]
     entries, starts, end = {}, {}, 0
     for name, dtype, shape, start, stop in sorted(described, key=lambda tensor: tensor[3:]):
-        entries[name] = entry = Entry(dtype, shape, posixpath.basename(path))
+        entries[name] = entry = Entry(dtype, shape, base_name(path))
         if start != end or stop - start != entry.n_bytes or 8 + length + stop > size:
             raise CheckpointError(f"{path}: {name} is cut off or its header is wrong; fetch or write it again.")
         starts[name], end = 8 + length + start, stop

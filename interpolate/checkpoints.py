@@ -23,7 +23,18 @@ from torch import Tensor
 from interpolate._names import bare, renamed
 from interpolate._pickled import PickledShard
 from interpolate._pickling import write_pickled
-from interpolate._places import INDEX, PICKLED, SAFETENSORS, file_system, in_folder, opened, split_key
+from interpolate._places import (
+    INDEX,
+    PICKLED,
+    SAFETENSORS,
+    base_name,
+    beside,
+    file_system,
+    in_folder,
+    name_of,
+    opened,
+    split_key,
+)
 from interpolate._safetensors import SafetensorsShard, parsed, write_safetensors
 from interpolate._tensors import CHUNK, Entry, spans
 from interpolate.atomic import flushed, replaced_path
@@ -66,7 +77,7 @@ class Checkpoint:
             entries = self._read_index()
         else:
             shard = self._shard(self.path, self.key)
-            self._shards[posixpath.basename(self.path)] = self._open = shard
+            self._shards[base_name(self.path)] = self._open = shard
             entries = shard.entries
             self.key = shard.key if isinstance(shard, PickledShard) else ""
         self.metadata: dict[str, str] = {}
@@ -89,7 +100,7 @@ class Checkpoint:
 
     @property
     def is_sharded(self) -> bool:
-        return self.path.endswith(INDEX)
+        return name_of(self.path).endswith(INDEX)
 
     @property
     def files(self) -> list[str]:
@@ -144,7 +155,7 @@ class Checkpoint:
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def _shard(self, path: str, key: str = "") -> SafetensorsShard | PickledShard:
-        if not path.endswith(SAFETENSORS):
+        if not name_of(path).endswith(SAFETENSORS):
             return PickledShard(path, key)
         if key:
             raise CheckpointError(
@@ -160,11 +171,11 @@ class Checkpoint:
         weight_map = self.index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise CheckpointError(f"{self.path} has no weight_map; it is not the index of a sharded checkpoint.")
-        folder, entries = self.path[: len(self.path) - len(posixpath.basename(self.path))], {}
+        entries: dict[str, Entry] = {}
         for name in sorted(set(weight_map.values())):
             if posixpath.basename(name) != name:
                 raise CheckpointError(f"{self.path}: the shard {name!r} must stand beside the index.")
-            shard = self._shards[name] = self._shard(folder + name)
+            shard = self._shards[name] = self._shard(beside(self.path, name))
             shard.close()
             entries |= shard.entries
         missing = [n for n, shard in weight_map.items() if n not in self._shards[shard].entries]
@@ -223,7 +234,7 @@ def write(
         fs, target = file_system(path)
         if fs.exists(target):
             raise FileExistsError(f"{path} exists; sharded checkpoints are written to new folders only.")
-        index = posixpath.basename(source.path)
+        index = base_name(source.path)
         with replaced_path(path, folder=True, last=index) as folder:
             for name, shard in source._shards.items():
                 write_shard(os.path.join(folder, name), shard)

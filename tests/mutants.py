@@ -24,6 +24,7 @@ PATCHING = "tests/test_patching.py"
 CHECKPOINTS = "tests/test_checkpoints.py"
 NAMES = "tests/test_names.py"
 ATOMIC = "tests/test_atomic.py"
+FOREIGN = "tests/test_foreign_checkpoints.py"
 FILES = "tests/test_files.py"
 UNMIXABLE = "tests/test_unmixable.py"
 PATH = "tests/test_path.py"
@@ -134,13 +135,13 @@ MUTANTS = [
     ("_unmixable.py", " or bool(scales) or", " or", UNMIXABLE),
     ("_unmixable.py", "_kind(dtype) != _kind(others_dtype)", "False", UNMIXABLE),
     ("_pickled.py", "weights_only=True", "weights_only=False", CHECKPOINTS),
-    ("_pickled.py", "if len(candidates) > 1:", "if False:", CHECKPOINTS),
-    ("_pickled.py", "if self._flat is None or self._flat[0] != name:", "if self._flat is None:", CHECKPOINTS),
-    ("_pickling.py", "if isinstance(tensor, nn.Parameter):", "if False:", CHECKPOINTS),
-    ("_pickling.py", "if not all(same_bits(", "if False and not all(same_bits(", CHECKPOINTS),
-    ("_pickling.py", "-(file.tell() + header) % _ALIGNMENT", "0", CHECKPOINTS),
-    ("_safetensors.py", "start != end or stop - start != entry.n_bytes or 8 + length + stop > size", "False", CHECKPOINTS),
-    ("_tensors.py", "tensor.detach().resolve_conj().resolve_neg().contiguous()", "tensor.detach()", CHECKPOINTS),
+    ("_pickled.py", "if len(candidates) > 1:", "if False:", FOREIGN),
+    ("_pickled.py", "if self._flat is None or self._flat[0] != name:", "if self._flat is None:", FOREIGN),
+    ("_pickling.py", "if isinstance(tensor, nn.Parameter):", "if False:", FOREIGN),
+    ("_pickling.py", "if not all(same_bits(", "if False and not all(same_bits(", FOREIGN),
+    ("_pickling.py", "-(file.tell() + header) % _ALIGNMENT", "0", FOREIGN),
+    ("_safetensors.py", "start != end or stop - start != entry.n_bytes or 8 + length + stop > size", "False", FOREIGN),
+    ("_tensors.py", "tensor.detach().resolve_conj().resolve_neg().contiguous()", "tensor.detach()", FOREIGN),
     ("_names.py", "(DistributedDataParallel, DataParallel, AveragedModel)", "DistributedDataParallel", NAMES),
     ("_names.py", "{prefix + name for name in shorter} == set(longer)", "True", NAMES),
     ("atomic.py", "        os.replace(temporary, target)\n", "        shutil.copy(temporary, target)\n", CHECKPOINTS),
