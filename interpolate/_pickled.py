@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from interpolate._places import base_name, file_system, is_local, opened
 from interpolate._tensors import Entry
+from interpolate._torchscript import is_torchscript, torchscript_tensors
 from interpolate.errors import CheckpointError
 
 METADATA = "interpolate.json"
@@ -30,7 +31,7 @@ class PickledShard:
     Local files of today's format only: the contents of others are held in memory.
 
     Args:
-        path: A file of `torch.save`.
+        path: A file of `torch.save`, or a TorchScript archive.
         key: Which of several sets of weights; empty where there is one. `.` is the outermost.
     """
 
@@ -87,6 +88,11 @@ def _load(path: str) -> Any:
             raise CheckpointError(f"{path} is empty; fetch or write it again.")
         local = is_local(path)
         try:
+            if start == _ZIP:
+                with zipfile.ZipFile(file) as archive:
+                    if is_torchscript(archive.namelist()):
+                        return torchscript_tensors(archive)
+                file.seek(0)
             with torch.serialization.safe_globals(_harmless()):
                 return torch.load(
                     target if local else file, map_location="cpu", weights_only=True, mmap=local and start == _ZIP
@@ -131,10 +137,7 @@ def _metadata(path: str) -> dict[str, str]:
             return {}
         try:
             with zipfile.ZipFile(file) as archive:
-                names = archive.namelist()
-                if any(name.endswith("/constants.pkl") for name in names):
-                    raise CheckpointError(f"{path} is a TorchScript archive; save the state_dict() of what it holds.")
-                records = [name for name in names if posixpath.basename(name) == METADATA]
+                records = [name for name in archive.namelist() if posixpath.basename(name) == METADATA]
                 return json.loads(archive.read(records[0])) if records else {}
         except (zipfile.BadZipFile, EOFError) as error:
             raise CheckpointError(f"{path} is cut off or damaged ({error}); fetch or write it again.") from error

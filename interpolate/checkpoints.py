@@ -1,9 +1,10 @@
 """Checkpoints on disk or behind an fsspec URL, read and written piece by piece.
 
 `PATH` is a `.safetensors` file; a file of `torch.save` (`.pt`, `.pth`, `.pyth`, `.ckpt`, `.bin`), which is unpickled
-with `weights_only=True`; the `.index.json` of either kind in shards; or a folder with one of these, as Hugging Face's
-are. `PATH::KEY` picks one of several sets of weights in a file of `torch.save`, for instance
-`last.ckpt::current_model_state`, or `last.ckpt::callbacks.EMA.weights` for one that lies deeper.
+with `weights_only=True`; a TorchScript archive under one of these names, whose code is left alone; the `.index.json` of
+either kind in shards; or a folder with one of these, as Hugging Face's are. `PATH::KEY` picks one of several sets of
+weights in a file of `torch.save`, for instance `last.ckpt::current_model_state`, or `last.ckpt::callbacks.EMA.weights`
+for one that lies deeper.
 """
 
 from __future__ import annotations

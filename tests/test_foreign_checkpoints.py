@@ -9,7 +9,6 @@ import pickle
 import resource
 import subprocess
 import sys
-import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -236,10 +235,44 @@ def test_files_of_before_torch_1_6_are_read(tmp_path: Path):
     assert same(torch.load(tmp_path / "o.pth")["state_dict"], weights())
 
 
-def torchscript(path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated
-        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
+class Scripted(nn.Module):
+    """What modules of TorchScript keep: half precision, buffers, numbers, lists, tied weights, lists of modules."""
+
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Scripted(depth - 1) for _ in range(2)] if depth else [])
+        self.norm, self.conv = nn.BatchNorm1d(3), nn.Conv2d(3, 4, 2).half()
+        self.sizes, self.ratios, self.flags = [1, 2], [0.5], {"a": 1}
+        self.tied = self.conv.weight
+        self.register_buffer("input_resolution", torch.tensor(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_archives_of_torchscript_have_the_weights_of_their_modules(how: str, tmp_path: Path, monkeypatch):
+    module, x = Scripted().eval(), torch.randn(2, 3)
+    made = torch.jit.script(module) if how == "script" else torch.jit.trace(module, x)
+    made.save(tmp_path / "a.pt")
+    expected = dict(torch.jit.load(tmp_path / "a.pt").state_dict())
+    monkeypatch.delattr(torch.jit, "load")  # it would compile the code
+    assert same(read(tmp_path / "a.pt"), expected)
+    with Checkpoint(tmp_path / "a.pt") as checkpoint:
+        assert {"conv.weight", "tied"} in [set(tied) for tied in checkpoint.tied()]
+        checkpoint.close()
+        assert torch.equal(checkpoint.tensor("norm.bias"), expected["norm.bias"])
+    average_files([tmp_path / "a.pt", tmp_path / "a.pt"], tmp_path / "o.pt")
+    assert same(torch.load(tmp_path / "o.pt"), expected)  # the weights alone
+
+
+def called(path: Path) -> None:
+    """An archive that calls what it likes when it is unpickled."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.")
+        archive.writestr("a/version", "3\n")
+        archive.writestr("a/constants.pkl", "")
 
 
 def truncated(path: Path) -> None:
@@ -264,7 +297,7 @@ JUNK = {
     "pickled": (written(pickle.dumps({"w": [1]})), "holds no tensors|can't be read as what"),
     "zip": (lambda path: zipfile.ZipFile(path, "w").writestr("a", "b"), "can't be read as what torch.save writes"),
     "truncated": (truncated, "is cut off or damaged"),
-    "TorchScript": (torchscript, r"is a TorchScript archive; save the state_dict\(\)"),
+    "TorchScript": (called, r"it holds a \w+\.system, and code of files is never run"),
     "module": (
         lambda path: torch.save(nn.Linear(2, 2), path),
         r"it holds a torch\.nn\.modules\.linear\.Linear, and code",

@@ -109,7 +109,16 @@ def test_folders_of_hugging_face(tmp_path: Path) -> None:
     )
     theirs = transformers.CLIPModel(config).eval()
     theirs.save_pretrained(tmp_path)
-    assert pretrained.read_file(tmp_path)[1] == "Hugging Face"
+    found = pretrained.read_file(tmp_path)
+    assert found.form == "Hugging Face"
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="300KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    torch.save(theirs.state_dict(), tmp_path / "sharded" / "a.bin")
+    for path in (tmp_path / "sharded", f"file://{tmp_path}/sharded", tmp_path / "sharded" / "a.bin"):
+        again = pretrained.read_file(path)
+        assert again[1:] == ("Hugging Face", True)
+        assert again.weights.keys() == found.weights.keys()
+        assert all(torch.equal(again.weights[name], tensor) for name, tensor in found.weights.items())
     ours = pretrained.load("ViT-tiny-quickgelu", str(tmp_path), CPU).clip
     images, texts = outputs(ours)
     generator = torch.Generator().manual_seed(1)
@@ -126,11 +135,20 @@ def test_checkpoints_of_the_published_code(clip: CLIP, tmp_path: Path) -> None:
     path = tmp_path / "swa_2_22.pth"
     state = {f"model.{name}": value for name, value in clip.state_dict().items()}
     torch.save({"epoch": 22, "model_state": state, "optimizer_state": {"state": {}}, "cfg": "TRAIN: …"}, path)
-    weights, form = pretrained.read_file(path)
-    assert form == "Open-VCLIP"
+    found = pretrained.read_file(path)
+    assert found.form == "Open-VCLIP"
     own = VideoEncoder(clip).state_dict()
-    assert all(torch.equal(weights[name], value) for name, value in own.items())
+    assert all(torch.equal(found.weights[name], value) for name, value in own.items())
     assert_loads_as(clip, path)
+
+
+def test_one_of_several_sets_of_weights_is_named(clip: CLIP, tmp_path: Path) -> None:
+    path = tmp_path / "both.pth"
+    ema = {name: torch.zeros_like(value) for name, value in clip.state_dict().items()}
+    torch.save({"state_dict": clip.state_dict(), "ema": ema}, path)
+    assert_loads_as(clip, Path(f"{path}::state_dict"))
+    with pytest.raises(ValueError, match=r"several sets of weights \(state_dict, ema\); pick one, as in "):
+        pretrained.load("ViT-tiny", str(path), CPU)
 
 
 def test_weights_of_another_architecture_are_named(clip: CLIP, tmp_path: Path) -> None:
@@ -140,7 +158,7 @@ def test_weights_of_another_architecture_are_named(clip: CLIP, tmp_path: Path) -
     torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "b.pt")
     with pytest.raises(ValueError, match=r"b\.pt holds no weights of a CLIP, but 1 tensors: \['conv.weight'\]"):
         pretrained.load("ViT-tiny", str(tmp_path / "b.pt"), CPU)
-    with pytest.raises(FileNotFoundError, match=r"holds neither model\.safetensors nor"):
+    with pytest.raises(ValueError, match=r"is a folder without a checkpoint"):
         pretrained.read_file(tmp_path)
 
 

@@ -15,9 +15,9 @@ from applications.openvclip.config import Config, DataConfig, EvaluationConfig, 
 class OfWeights:
     """What to evaluate, and on what. An evaluation that was interrupted goes on when its command is given again."""
 
-    weights: Path | None = None
-    """Fine-tuned weights in a file of Open-VCLIP's, open_clip's or another known form; by default none, for CLIP*
-    alone."""
+    weights: str | None = None
+    """Fine-tuned weights in a file of Open-VCLIP's, open_clip's or another known form, a path or URL; PATH::KEY where
+    it has several sets of weights. By default none, for CLIP* alone."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(name="ViT-B-16", pretrained="openai"))
     """The anchor."""
     output: Path = Path("runs/evaluation")
@@ -49,9 +49,13 @@ def evaluate_weights(options: OfWeights) -> None:
     source = build.clip(config.model)
     theta = None
     if options.weights is not None:
-        theta, form = pretrained.read_file(options.weights)
-        theta = {name: tensor for name, tensor in theta.items() if name.startswith("visual.") or name == "logit_scale"}
-        if form == "Open-VCLIP" and config.model.edge != "zero":
+        found = pretrained.read_file(options.weights)
+        theta = {
+            name: tensor
+            for name, tensor in found.weights.items()
+            if name.startswith("visual.") or name == "logit_scale"
+        }
+        if found.form == "Open-VCLIP" and config.model.edge != "zero":
             config = replace(config, model=replace(config.model, edge="zero"))
             told = f"{options.weights} is a checkpoint of the published code: evaluated with edge=zero."
             Console().print(told, soft_wrap=True)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
-import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
+import fsspec
 import open_clip
 import torch
 from open_clip.model import CLIP
-from safetensors.torch import load_file
 from torch import Tensor
 
 from applications.openvclip.model.classifier import Tokenizer
+from interpolate.checkpoints import Checkpoint
 from interpolate.weights import check_match
 
 Form = Literal["open_clip", "OpenAI", "Hugging Face", "Open-VCLIP"]
@@ -56,7 +55,7 @@ def load(name: str, pretrained: str | None, device: torch.device) -> PretrainedC
         )
     if pretrained == "openai" and f"{name}-quickgelu" in open_clip.list_models():
         name = f"{name}-quickgelu"
-    clip = _from_file(name, Path(pretrained)) if Path(pretrained).exists() else _from_tag(name, pretrained)
+    clip = _from_tag(name, pretrained) if pretrained in tags else _from_file(name, pretrained)
     if not isinstance(clip, CLIP):
         raise ValueError(f"model.name: {name} is a {type(clip).__name__} of open_clip; a plain CLIP is needed.")
     settings = open_clip.get_model_preprocess_cfg(clip)
@@ -70,11 +69,6 @@ def load(name: str, pretrained: str | None, device: torch.device) -> PretrainedC
 
 
 def _from_tag(name: str, tag: str) -> torch.nn.Module:
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if tag not in tags:
-        raise ValueError(
-            f"model.pretrained: {tag!r} is neither a file nor one of open_clip's tags for {name} ({', '.join(tags)})."
-        )
     try:
         return open_clip.create_model(name, pretrained=tag)
     except Exception as error:  # the hub's clients raise errors of their own, and of the libraries below them
@@ -84,77 +78,73 @@ def _from_tag(name: str, tag: str) -> torch.nn.Module:
         ) from error
 
 
-def _from_file(name: str, path: Path) -> torch.nn.Module:
-    weights, form = read_file(path)
-    quick = form in ("OpenAI", "Open-VCLIP") or (form == "Hugging Face" and _asks_for_quickgelu(path))
-    if quick and not (open_clip.get_model_config(name) or {}).get("quick_gelu", False):
-        raise ValueError(f"{path} holds {form} weights, which need QuickGELU: use --model.name {name}-quickgelu.")
+def _from_file(name: str, path: str) -> torch.nn.Module:
+    try:
+        found = read_file(path)
+    except FileNotFoundError as error:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+        raise ValueError(
+            f"model.pretrained: {path!r} is neither a file nor one of open_clip's tags for {name} ({tags})."
+        ) from error
+    if found.quick_gelu and not (open_clip.get_model_config(name) or {}).get("quick_gelu", False):
+        raise ValueError(f"{path} holds {found.form} weights, which need QuickGELU: use --model.name {name}-quickgelu.")
     clip = open_clip.create_model(name)
     own = {key: tensor for key, tensor in clip.state_dict().items() if key in dict(clip.named_parameters())}
-    check_match(own, {key: tensor for key, tensor in weights.items() if key != "attn_mask"})
-    clip.load_state_dict(weights, strict=False)
+    check_match(own, found.weights)
+    clip.load_state_dict(found.weights, strict=False)
     return clip
 
 
-def _asks_for_quickgelu(path: Path) -> bool:
-    """Whether the `config.json` beside Hugging Face's weights names QuickGELU, as it does for OpenAI's models."""
-    config = (path if path.is_dir() else path.parent) / "config.json"
-    return config.exists() and '"quick_gelu"' in config.read_text(encoding="utf-8")
+class Pretrained(NamedTuple):
+    """What `read_file` finds."""
+
+    weights: dict[str, Tensor]
+    """In float32 and under open_clip's names."""
+    form: Form
+    """Whose names they had. "Open-VCLIP" is a checkpoint of the published code, every name of which begins with
+    `model.`; its encoder needs `edge="zero"`."""
+    quick_gelu: bool
+    """Whether they are known to have been trained with QuickGELU."""
 
 
-def read_file(path: Path) -> tuple[dict[str, Tensor], Form]:
-    """The weights in a file, in float32 and under open_clip's names.
+def read_file(path: str | Path) -> Pretrained:
+    """The weights of a CLIP in any file, folder or URL that `interpolate.checkpoints` reads; nothing in it is run.
 
     Args:
-        path: A `.safetensors` file, a PyTorch file (nothing in it is run), OpenAI's TorchScript archive, or a folder of
-            Hugging Face with `model.safetensors` or `pytorch_model.bin`.
-
-    Returns:
-        The weights, and whose form they had. "Open-VCLIP" is a checkpoint of the published code, every name of which
-        begins with `model.`; its encoder needs `edge="zero"`.
+        path: Such as OpenAI's archive, a folder of Hugging Face, or `PATH::KEY` if there are several sets of weights.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It holds no weights of a CLIP.
+        ValueError: It holds no weights of a CLIP, or several sets of weights.
     """
-    if path.is_dir():
-        found = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
-        if not found:
-            raise FileNotFoundError(f"{path} holds neither model.safetensors nor pytorch_model.bin.")
-        path = found[0]
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file.")
-    content, scripted = _read(path)
-    for key in ("state_dict", "model_state"):
-        content = content.get(key, content)
-    weights = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    weights = {key.removeprefix("module."): value for key, value in weights.items()}
-    form: Form = "OpenAI" if scripted else "open_clip"
+    with Checkpoint(path) as checkpoint:
+        weights = {name: checkpoint.tensor(name) for name in checkpoint.entries}
+    form: Form = "open_clip"
     if any(key.startswith("model.visual.") for key in weights):
         weights = {key.removeprefix("model."): value for key, value in weights.items() if key.startswith("model.")}
         form = "Open-VCLIP"
     elif any(key.startswith("vision_model.") for key in weights):
         weights = _from_hugging_face(weights)
         form = "Hugging Face"
+    elif _OPENAI & weights.keys():
+        form = "OpenAI"
     if "visual.conv1.weight" not in weights:
         raise ValueError(f"{path} holds no weights of a CLIP, but {len(weights)} tensors: {list(weights)[:3]}, ….")
-    sizes = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI keeps among the weights
-    return {key: value.float() for key, value in weights.items() if key not in sizes}, form
+    quick_gelu = form in ("OpenAI", "Open-VCLIP") or (form == "Hugging Face" and _asks_for_quickgelu(checkpoint.path))
+    mask = re.compile(r"(^|\.)attn_mask$")  # no weight, whether it lies at the top or in each layer
+    weights = {k: value.float() for k, value in weights.items() if k not in _OPENAI and not mask.search(k)}
+    return Pretrained(weights, form, quick_gelu)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], bool]:
-    """What is in a file, and whether it is a TorchScript archive."""
-    if path.suffix == ".safetensors":
-        return load_file(path), False
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            scripted = any("/code/" in name for name in archive.namelist())
-        if scripted:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # TorchScript is deprecated, and OpenAI's files are what they are
-                return dict(torch.jit.load(path, map_location="cpu").state_dict()), True
-    return torch.load(path, map_location="cpu", weights_only=True), False
+def _asks_for_quickgelu(path: str) -> bool:
+    """Whether the `config.json` beside Hugging Face's weights names QuickGELU, as it does for OpenAI's models."""
+    fs, weights = fsspec.core.url_to_fs(path)
+    config = f"{weights.rpartition('/')[0]}/config.json"
+    return fs.exists(config) and b'"quick_gelu"' in fs.cat_file(config)
 
+
+_OPENAI = {"input_resolution", "context_length", "vocab_size"}
+"""Numbers that OpenAI keeps among the weights, and nobody else."""
 
 _HUGGING_FACE = {
     "vision_model.embeddings.class_embedding": "visual.class_embedding",

@@ -6,11 +6,11 @@ import hashlib
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from interpolate.atomic import replacing
+from interpolate.checkpoints import Checkpoint
 from interpolate.weights import Weights
 
 
@@ -22,9 +22,9 @@ def save_weights(path: Path, weights: Weights, metadata: dict[str, str]) -> None
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the weights and the metadata of a safetensors file, on the CPU."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    """Read weights and their metadata, on the CPU."""
+    with Checkpoint(path) as checkpoint:
+        return {name: checkpoint.tensor(name) for name in checkpoint.entries}, checkpoint.metadata
 
 
 def fingerprint(weights: Weights) -> str:
