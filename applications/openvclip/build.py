@@ -51,8 +51,8 @@ class Run:
     anchor: dict[str, Tensor]
     """A copy of the pretrained weights; the model's own are trained."""
     trainer: Trainer
-    batches: Callable[[TrainingOrder, Callable[[str, str], object]], Iterator[tuple[Tensor, Tensor]]]
-    """Those of an order; calls back with the location of every video that can't be read, and why."""
+    batches: Callable[[TrainingOrder, Callable[[str, str, str], object]], Iterator[tuple[Tensor, Tensor]]]
+    """Those of an order; calls back for every video that can't be read or was cut off (`loader.training_batches`)."""
     evaluation: Evaluation
 
 
@@ -104,8 +104,8 @@ def run(config: Config) -> Run:
         clip=source.clip,
         anchor=anchor(source),
         trainer=trainer,
-        batches=lambda order, on_unreadable: on_device(
-            training_batches(clips, order, workers=d.workers, time_limit_s=d.time_limit_s, on_unreadable=on_unreadable),
+        batches=lambda order, on_fault: on_device(
+            training_batches(clips, order, workers=d.workers, time_limit_s=d.time_limit_s, on_fault=on_fault),
             normalisation(source),
         ),
         evaluation=evaluated,

@@ -54,3 +54,10 @@ def numbered(n_frames: int, height: int = 96, width: int = 128) -> np.ndarray:
 def numbers(frames: np.ndarray) -> list[int]:
     """The indices that are written in frames of `numbered`."""
     return [sum(int(frame[2:6, 8 * b + 2 : 8 * b + 6].mean() > 128) << b for b in range(8)) for frame in frames]
+
+
+def cut_off(path: Path) -> Path:
+    """A video of 60 frames of which about a half is there, as of a download that broke off."""
+    write_video(path, ramp(60, 240, 320), "mpeg4", g="10")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path

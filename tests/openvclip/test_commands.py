@@ -27,7 +27,7 @@ from applications.openvclip.model.video_encoder import VideoEncoder
 from applications.openvclip.runs.journal import read_journal
 from applications.openvclip.runs.lock import LockedError, locked
 from interpolate import WeightMismatchError, patch_files
-from tests.openvclip.files import write_manifest
+from tests.openvclip.files import cut_off, write_manifest
 
 
 def arguments(small_world: dict[str, Path], output: Path, *more: str) -> list[str]:
@@ -70,6 +70,18 @@ def test_a_run_leaves_its_results_and_how_they_were_made(run: Path) -> None:
     assert (run / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
     events = [event["event"] for event in read_journal(run / "journal.jsonl")]
     assert events == ["start", *(["step"] * 4 + ["checkpoint"]) * 3, "end"]
+
+
+def test_videos_that_were_replaced_or_cut_off_are_told_once(small_world, tmp_path: Path, capsys) -> None:
+    whole = read_dataset(str(small_world["train"]))
+    paths = [whole.location(0), whole.location(1), str(cut_off(tmp_path / "cut.avi")), str(tmp_path / "absent.mp4")]
+    small = write_manifest(tmp_path / "train.csv", [(path, whole.classes[0]) for path in paths])
+    train.main(arguments({**small_world, "train": small}, tmp_path / "run"))
+    faults = [e for e in read_journal(tmp_path / "run" / "journal.jsonl") if e["event"] in ("unreadable", "cut-off")]
+    assert sorted((e["event"], e["video"]) for e in faults) == [("cut-off", paths[2]), ("unreadable", paths[3])]
+    shown = capsys.readouterr().out
+    assert "1 videos could not be read and were replaced by others: see" in shown
+    assert "1 videos are cut off and were used as far as they go: see" in shown
 
 
 def test_the_patched_weights_are_the_interpolation(run: Path, source) -> None:

@@ -22,7 +22,7 @@ from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.data.storage import Cache
 from applications.openvclip.data.transforms import Augmentation, Normalisation
 from applications.openvclip.model.video_encoder import VideoEncoder
-from tests.openvclip.files import ramp, write_manifest, write_video
+from tests.openvclip.files import cut_off, ramp, write_manifest, write_video
 
 SAMPLING = Sampling(frames=4, stride=4, target_fps=None, sampler="dense", views=1)
 
@@ -167,28 +167,37 @@ def test_an_unreadable_training_video_is_replaced_by_the_same_other_every_time(
     broken = str(tmp_path / "broken.mp4")
     manifest = replace(good, paths=(broken, *good.paths[1:]))
     order = TrainingOrder(len(manifest), 4, 3, 0, len(manifest) // 4)
-    told: list[tuple[str, str]] = []
+    told: list[tuple[str, str, str]] = []
     clips = training_clips(manifest)
-    first, second = (batches(clips, order, on_unreadable=lambda *what: told.append(what)) for _ in range(2))
+    first, second = (batches(clips, order, on_fault=lambda *what: told.append(what)) for _ in range(2))
     for (a, a_labels), (b, b_labels) in zip(first, second, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a_labels, b_labels)
-    assert [location for location, _ in told] == [broken, broken]
-    assert "broken.mp4: 7 bytes, not a readable video" in told[0][1]
+    assert [what[:2] for what in told] == [("unreadable", broken), ("unreadable", broken)]
+    assert "broken.mp4: 7 bytes, not a readable video" in told[0][2]
     of_the_good = batches(training_clips(good), order)
     same = [torch.equal(a[i], b[i]) for (a, _), (b, _) in zip(first, of_the_good, strict=True) for i in range(4)]
     assert same.count(False) == 1  # nothing else has changed
 
 
+def test_a_training_video_that_was_cut_off_is_used_and_told(tmp_path: Path) -> None:
+    told: list[tuple[str, str, str]] = []
+    manifest = Manifest("cut", "/", (str(cut_off(tmp_path / "a.avi")),), (0,), ("wave",))
+    ((clips, _),) = batches(
+        training_clips(manifest), TrainingOrder(1, 1, 3, 0, 1), on_fault=lambda *what: told.append(what)
+    )
+    assert clips.shape == (1, 3, 4, 32, 32)
+    assert [what[:2] for what in told] == [("cut-off", manifest.location(0))]
+    assert re.fullmatch(r"\d+ of the 60 frames that it announces are there", told[0][2])
+
+
 def test_inspect_tells_which_videos_are_cut_off(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "wave" / "a.avi", ramp(60, 240, 320), "mpeg4", g="10")
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    manifest = Manifest("cut", str(tmp_path), ("wave/a.avi",), (0,), ("wave",))
+    manifest = Manifest("cut", "/", (str(cut_off(tmp_path / "a.avi")),), (0,), ("wave",))
     found = inspect(manifest, workers=1, time_limit_s=60, cache=Cache())
     assert found.unreadable == {}
     lines = found.lines()
     assert "cut off, and used as far as they go: 1" in lines
-    assert re.search(r"wave/a\.avi: \d+ of the 60 frames that it announces are there", "\n".join(lines))
+    assert re.search(r"/a\.avi: \d+ of the 60 frames that it announces are there", "\n".join(lines))
 
 
 def test_a_video_that_holds_less_than_its_packets_promise_is_asked_again(
@@ -213,7 +222,7 @@ def test_all_views_of_a_video_come_from_one_decoding(tmp_path: Path, monkeypatch
     asked = []
     frames = Video.frames
     monkeypatch.setattr(Video, "frames", lambda video, indices: asked.append(indices) or frames(video, indices))
-    views = EvaluationViews(replace(SAMPLING, views=3, crops=3), 32, Cache())(str(path))
+    views, _ = EvaluationViews(replace(SAMPLING, views=3, crops=3), 32, Cache())(str(path))
     assert views.shape == (9, 3, 4, 32, 32)
     assert len(asked) == 1
     assert len(asked[0]) == 12
@@ -222,7 +231,7 @@ def test_all_views_of_a_video_come_from_one_decoding(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("name", ["mmaction_test.avi", "k400_arm_wrestling.mp4", "tc_av1_video.mkv"])
 def test_a_real_clip_goes_through_dataset_and_encoder(real_videos: Path, source, name: str) -> None:
-    views = EvaluationViews(Sampling(frames=4), 32, Cache())(str(real_videos / name))
+    views, _ = EvaluationViews(Sampling(frames=4), 32, Cache())(str(real_videos / name))
     assert views.shape == (3, 3, 4, 32, 32)
     normalisation = Normalisation(source.image_mean, source.image_std)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,13 +24,14 @@ from applications.openvclip.zeroshot.logits import LogitFiles
 from applications.openvclip.zeroshot.protocols import halves
 from applications.openvclip.zeroshot.published import published
 from applications.openvclip.zeroshot.results import read_results
+from tests.openvclip.files import cut_off
 
 SAMPLING = {"frames": 4, "stride": 4, "target_fps": None, "sampler": "dense", "views": 2}
 
 
 @pytest.fixture(scope="module")
 def world(small_world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fine-tuned weights, protocols like EP1 to EP3 on one set of videos, and one with unreadable videos."""
+    """Fine-tuned weights, protocols like EP1 to EP3 on one set of videos, and two with unreadable and cut videos."""
     folder = tmp_path_factory.mktemp("world")
     generator = torch.Generator().manual_seed(0)
     weights = {name: tensor for name, tensor in tiny_clip.load().state_dict().items() if name.startswith("visual.")}
@@ -57,6 +59,9 @@ def world(small_world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     bad = f"{folder}/empty.mp4,{whole.classes[0]}\n{folder}/absent.mp4,{whole.classes[1]}\n"
     (folder / "bad.csv").write_text((folder / "split0.csv").read_text() + bad)
     protocol("bad", [{"source": str(folder / "bad.csv")}])
+    cut = cut_off(folder / "cut.avi")
+    (folder / "cut.csv").write_text((folder / "split0.csv").read_text() + f"{cut},{whole.classes[0]}\n")
+    protocol("cut", [{"source": str(folder / "cut.csv")}])
     return folder
 
 
@@ -180,6 +185,17 @@ def test_unreadable_videos_count_as_wrong_unless_left_out(world: Path, tmp_path:
             assert top[k][0] * 10 == pytest.approx(left_out.protocols["bad"].accuracy[scorer][k][0] * 8)
     assert wrong.protocols["bad"].hash != left_out.protocols["bad"].hash
     assert "2, counted as wrong" in (tmp_path / "wrong" / "results.md").read_text()
+
+
+def test_videos_that_are_cut_off_are_scored_and_told_also_by_a_run_that_goes_on(world, tmp_path: Path, capsys) -> None:
+    for _ in range(2):  # the second time, nothing is read
+        evaluate.main(command(world, tmp_path, "cut"))
+        assert "cut: 1 videos are cut off, scored as far as they go" in capsys.readouterr().out
+        result = read_results(tmp_path / "results.json").protocols["cut"]
+        assert (result.videos, result.unreadable) == (9, {})
+        assert list(result.cut_off) == [f"{world}/cut.avi"]
+        assert re.fullmatch(r"\d+ of the 60 frames that it announces are there", result.cut_off[f"{world}/cut.avi"])
+    assert "| unreadable | cut off |" in (tmp_path / "results.md").read_text()
 
 
 def test_unlike_protocols_do_not_share_a_table(world: Path, once: Path, tmp_path: Path, capsys) -> None:

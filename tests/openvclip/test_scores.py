@@ -63,13 +63,15 @@ def test_figures_read_in_parts_are_those_of_the_whole(tmp_path: Path, monkeypatc
     for process, share in enumerate((order[:17], order[17:18], order[18:])):
         files.append(process, share, logits[share])
     for i in bad:
-        files.append_unreadable(1, i, "torn")
+        files.append_fault(1, "unreadable", i, "torn")
     parts = []
     for name, n_classes in (("few", 4), ("all", 7)):
         rows = sorted(generator.choice(60, size=40, replace=False).tolist())
         paths = tuple(videos[i][1:] for i in rows)
         labels = tuple(int(x) for x in generator.integers(0, n_classes, 40))
         parts.append(Manifest(name, "/", paths, labels, tuple(reversed(classes[:n_classes]))))
+    cut = videos.index(f"/{parts[0].paths[0]}")
+    files.append_fault(1, "cut-off", cut, "half of it")
     protocol = Protocol("p", tuple(parts), sampling=Sampling(views=3), top_k=(1, 3), unreadable=unreadable)
     one = Pass(tuple(videos), tuple(classes), protocol.templates, protocol.sampling)
     (result,) = results_of([protocol], one, files)
@@ -87,6 +89,7 @@ def test_figures_read_in_parts_are_those_of_the_whole(tmp_path: Path, monkeypatc
                     right += rows[i] not in bad and manifest.classes[manifest.labels[i]] in best
                 assert result.accuracy[scorer][f"top-{k}"][part] == pytest.approx(right / len(kept))
     assert set(result.unreadable) <= {"/v3.mp4", "/v40.mp4"}
+    assert result.cut_off == {videos[cut]: "half of it"}
 
 
 def test_memory_does_not_grow_with_the_logits(tmp_path: Path) -> None:
@@ -111,14 +114,17 @@ def test_what_could_not_be_read_is_tried_again_and_a_crash_between_leaves_nothin
     files = LogitFiles(tmp_path, content)
     files.prepare()
     files.append(0, [0], np.ones((1, 1, 1, 2), np.float32))
-    files.append_unreadable(0, 1, "no route to the store")
-    with (files.path / "0001.unreadable.jsonl").open("a") as torn:
-        torn.write('{"video": 2, "rea')
+    files.append_fault(0, "unreadable", 1, "no route to the store")
+    files.append_fault(0, "cut-off", 0, "half of it")
+    for fault in ("unreadable", "cut-off"):
+        with (files.path / f"0001.{fault}.jsonl").open("a") as torn:
+            torn.write('{"video": 2, "rea')
     again = LogitFiles(tmp_path, content)
     again.prepare()
     assert again.done() == {0}
     again.append(0, [1, 2], np.ones((2, 1, 1, 2), np.float32))
-    assert again.unreadable() == {}
+    assert again.faults("unreadable") == {}
+    assert again.faults("cut-off") == {0: "half of it"}
     assert sorted(int(i) for videos, _ in again.chunks() for i in videos) == [0, 1, 2]
 
 

@@ -155,7 +155,7 @@ def test_a_remote_file_that_is_missing_is_named_by_its_url(server: tuple[str, li
     with Workers(views, 2, 30) as pool:
         good, bad = pool.map([f"{address}/Archery/c.mp4", f"{address}/absent.mp4"])
     assert not isinstance(good, VideoReadError)
-    assert good.shape == (1, 3, 4, 32, 32)
+    assert good[0].shape == (1, 3, 4, 32, 32)
     assert f"{address}/absent.mp4: could not be fetched" in str(bad)
 
 

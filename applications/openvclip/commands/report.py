@@ -45,6 +45,8 @@ def report(folder: RunFolder, found: Sequence[ProtocolResult], settings: dict[st
         if result.unreadable:
             policy = "counted as wrong" if result.unreadable_policy == "wrong" else "left out"
             console.print(f"{result.protocol}: {len(result.unreadable)} unreadable videos, {policy}")
+        if result.cut_off:
+            console.print(f"{result.protocol}: {len(result.cut_off)} videos are cut off, scored as far as they go")
     patched = all(f"{weight:g}" in result.accuracy for result in found)
     if patched and any(r.closed for r in found) and not all(r.closed for r in found):
         plot_tradeoff(folder.plot, results)

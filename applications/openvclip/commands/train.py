@@ -77,19 +77,22 @@ def train(run: Run) -> None:
     run.journal.write("start", **provenance(), config=run.settings, changed=changed)
     torch.manual_seed(run.settings["seed"])
 
-    replaced: dict[str, str] = {}
+    faulty: dict[str, set[str]] = {"unreadable": set(), "cut-off": set()}
 
-    def on_unreadable(location: str, reason: str) -> None:
-        if location not in replaced:
-            run.journal.write("unreadable", video=location, reason=reason)
-        replaced[location] = reason
+    def on_fault(fault: str, location: str, reason: str) -> None:
+        if location not in faulty[fault]:
+            run.journal.write(fault, video=location, reason=reason)
+            faulty[fault].add(location)
 
     trainer.resume(folder.training_state)
-    batches = run.batches(replace(run.order, first_step=trainer.step), on_unreadable)
+    batches = run.batches(replace(run.order, first_step=trainer.step), on_fault)
     trainer.fit(batches, steps_per_epoch=run.order.steps_per_epoch, checkpoint=folder.training_state)
-    if replaced:
-        count = f"{len(replaced)} videos could not be read and were replaced by others"
-        console.print(f"{count}: see {folder.journal}", soft_wrap=True)
+    for fault, what in (
+        ("unreadable", "could not be read and were replaced by others"),
+        ("cut-off", "are cut off and were used as far as they go"),
+    ):
+        if faulty[fault]:
+            console.print(f"{len(faulty[fault])} videos {what}: see {folder.journal}", soft_wrap=True)
 
     theta, weight = trainer.averager.weights, run.settings["evaluation"]["anchor_weight"]
     metadata = {

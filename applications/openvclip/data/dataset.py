@@ -41,7 +41,8 @@ class TrainingClips:
     """Augmented clips. A clip is a function of the seed, the epoch and the index alone, whoever asks for it, and when.
 
     A key (epoch, i, 0) is video i; where it can't be read, (epoch, i, 1) is the first video to take its place, and so
-    on. Values are a clip (3, T, size, size) uint8 and the index of its class.
+    on. Values are a clip (3, T, size, size) uint8, the index of its class, and the shortfall of a video that was cut
+    off.
     """
 
     manifest: Manifest
@@ -58,30 +59,35 @@ class TrainingClips:
             return i
         return int(np.random.default_rng([self.seed, epoch, i, attempt]).integers(len(self.manifest)))
 
-    def __call__(self, key: TrainingKey) -> tuple[np.ndarray, int]:
+    def __call__(self, key: TrainingKey) -> tuple[np.ndarray, int, str]:
         i = self.video(key)
         rng = np.random.default_rng([self.seed, key[0], i])
         short_side = self.augmentation.short_side(self.size, rng)
         with opened(self.manifest.location(i), self.cache, short_side) as video:
             frames = video.chosen(lambda n, fps: self.sampling.training_clip(n, fps, rng).tolist())
+            shortfall = video.shortfall
         clip = transforms.training_clip(frames, size=self.size, augmentation=self.augmentation, rng=rng)
-        return clip.numpy(), self.manifest.labels[i]
+        return clip.numpy(), self.manifest.labels[i], shortfall
 
 
 @dataclass(frozen=True)
 class EvaluationViews:
-    """All test views of a video from one decoding: location → (V, 3, T, size, size) uint8, a clip's crops together."""
+    """All test views of a video from one decoding, and its shortfall if it was cut off, by location.
+
+    The views are (V, 3, T, size, size) uint8, a clip's crops together.
+    """
 
     sampling: Sampling
     size: int
     cache: Cache
 
-    def __call__(self, location: str) -> np.ndarray:
+    def __call__(self, location: str) -> tuple[np.ndarray, str]:
         s = self.sampling
         with opened(location, self.cache, self.size) as video:
             frames = video.chosen(
                 lambda n, fps: np.concatenate([s.test_clip(n, fps, view) for view in range(s.views)]).tolist()
             )
+            shortfall = video.shortfall
         clips = frames.reshape(s.views, s.frames, *frames.shape[1:])
         crops = [transforms.evaluation_crops(clip, size=self.size, crops=s.crops).numpy() for clip in clips]
-        return np.concatenate(crops)
+        return np.concatenate(crops), shortfall

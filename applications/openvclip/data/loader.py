@@ -64,18 +64,19 @@ def training_batches(
     *,
     workers: int,
     time_limit_s: float,
-    on_unreadable: Callable[[str, str], object] = lambda location, reason: None,
+    on_fault: Callable[[str, str, str], object] = lambda fault, location, reason: None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of clips (B, 3, T, H, W) uint8 and labels (B,), one per step of `order`.
 
-    A video that can't be read is replaced by another one, which depends on the seed, the epoch and its index alone.
+    A video that can't be read is replaced by another one, which depends on the seed, the epoch and its index alone; one
+    that was cut off is used as far as it goes.
 
     Args:
         clips: What to read.
         order: Which clips, when.
         workers: Processes that read videos.
         time_limit_s: Seconds that reading one clip may take.
-        on_unreadable: Told the location of each video that was replaced, and why.
+        on_fault: Told "unreadable" or "cut-off", the location of the video, and the reason, each time it is met.
 
     Raises:
         VideoReadError: None of 10 videos that were to take one place could be read.
@@ -84,14 +85,18 @@ def training_batches(
     with Workers(clips, workers, time_limit_s) as pool:
         batch: list[tuple[np.ndarray, int]] = []
         for (epoch, i, _), value in zip(asked, pool.map(keys, ahead=max(4 * workers, order.batch_size)), strict=True):
-            attempt = 0
+            attempt, location = 0, clips.manifest.location(i)
             while isinstance(value, VideoReadError):
-                on_unreadable(clips.manifest.location(clips.video((epoch, i, attempt))), str(value))
+                on_fault("unreadable", location, str(value))
                 attempt += 1
                 if attempt == _ATTEMPTS:
                     raise VideoReadError(f"none of {_ATTEMPTS} videos in a row can be read; the last: {value}")
+                location = clips.manifest.location(clips.video((epoch, i, attempt)))
                 value = pool.ask((epoch, i, attempt))
-            batch.append(value)
+            clip, label, shortfall = value
+            if shortfall:
+                on_fault("cut-off", location, shortfall)
+            batch.append((clip, label))
             if len(batch) == order.batch_size:
                 yield (
                     torch.from_numpy(np.stack([clip for clip, _ in batch])),

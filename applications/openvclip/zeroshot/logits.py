@@ -8,11 +8,15 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from applications.openvclip.runs.journal import Journal, read_journal
 from applications.openvclip.runs.texts import write_text
+
+Fault = Literal["unreadable", "cut-off"]
+"""What may be wrong with a video; one that was cut off is used as far as it goes."""
 
 _CHUNK_BYTES = 1 << 25
 
@@ -21,9 +25,9 @@ class LogitFiles:
     """Logits (videos, scorers, views, classes) of one pass, appended by any number of processes.
 
     Each process has a file of its own in the folder, of records of equal length: the index of a video, and its logits.
-    A record that a crash left incomplete is cut off. A video that could not be read has no record, so that the pass
-    tries it again when it goes on; why is in a file beside the records. `pass.json` says what the rows and columns are;
-    the folder is named after its hash, so that another pass is another folder.
+    A record that a crash left incomplete is cut off. What is wrong with videos is in journals beside the records; one
+    that could not be read has no record, so that the pass tries it again when it goes on. `pass.json` says what the
+    rows and columns are; the folder is named after its hash, so that another pass is another folder.
 
     Args:
         folder: Where passes are kept.
@@ -51,7 +55,7 @@ class LogitFiles:
         """Make the folder and say in it what the logits are; what could not be read is to be tried again."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "pass.json", json.dumps(self.content, indent=1) + "\n")
-        for path in self._reasons():
+        for path in self._journals("unreadable"):
             path.unlink()
 
     def append(self, process: int, videos: Sequence[int], logits: np.ndarray) -> None:
@@ -67,10 +71,9 @@ class LogitFiles:
             file.flush()
             os.fsync(file.fileno())
 
-    def append_unreadable(self, process: int, video: int, reason: str) -> None:
-        """Note that a video could not be read, and why."""
-        with (self.path / f"{process:04d}.unreadable.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"video": video, "reason": reason}) + "\n")
+    def append_fault(self, process: int, fault: Fault, video: int, reason: str) -> None:
+        """Note what is wrong with a video; that it was cut off, before its logits, so that no crash comes between."""
+        Journal(self.path / f"{process:04d}.{fault}.jsonl").write(fault, video=video, reason=reason)
 
     def done(self) -> set[int]:
         """The indices of the videos that have logits."""
@@ -79,7 +82,7 @@ class LogitFiles:
     def count(self) -> int:
         """How many videos have logits or a reason by now, without reading them."""
         records = sum(path.stat().st_size // self.record.itemsize for path in self.path.glob("*.logits"))
-        return records + sum(path.read_bytes().count(b"\n") for path in self._reasons())
+        return records + sum(path.read_bytes().count(b"\n") for path in self._journals("unreadable"))
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The logits of the whole pass, a part at a time: indices of videos (n,), logits (n, scorers, views, classes).
@@ -90,7 +93,7 @@ class LogitFiles:
             RuntimeError: A video has neither logits nor a reason, or has them twice.
         """
         seen = np.zeros(len(self.content["videos"]), np.int64)
-        seen[list(self.unreadable())] = 1
+        seen[list(self.faults("unreadable"))] = 1
         for records in self._records():
             np.add.at(seen, records["video"], 1)
         if (seen != 1).any():
@@ -105,13 +108,12 @@ class LogitFiles:
                 part = np.array(records[first : first + rows])
                 yield part["video"], part["logits"]
 
-    def unreadable(self) -> dict[int, str]:
-        """Why videos have no logits, by index."""
-        lines = (line for path in self._reasons() for line in path.read_text(encoding="utf-8").splitlines())
-        return {entry["video"]: entry["reason"] for entry in map(json.loads, lines)}
+    def faults(self, fault: Fault) -> dict[int, str]:
+        """Why videos have no logits, or what is missing of those that were cut off, by index."""
+        return {e["video"]: e["reason"] for path in self._journals(fault) for e in read_journal(path)}
 
-    def _reasons(self) -> list[Path]:
-        return sorted(self.path.glob("*.unreadable.jsonl"))
+    def _journals(self, fault: Fault) -> list[Path]:
+        return sorted(self.path.glob(f"*.{fault}.jsonl"))
 
     def _records(self) -> Iterator[np.ndarray]:
         for path in sorted(self.path.glob("*.logits")):

@@ -99,18 +99,21 @@ def look(
     ) as pool:
         values = pool.map(one.videos[i] for i in left)
         for first in range(0, len(left), reading.batch_size):
-            chunk = []
-            for i in left[first : first + reading.batch_size]:
-                chunk.append((i, next(values)))
+            chunk = left[first : first + reading.batch_size]
+            read: dict[int, np.ndarray] = {}
+            for i in chunk:
+                value = next(values)
                 advance(1)
-            read = [(i, clips) for i, clips in chunk if not isinstance(clips, VideoReadError)]
-            if read:
-                clips = torch.from_numpy(np.stack([clips for _, clips in read])).to(class_embeddings.device)
-                logits = _score(scorers, normalised(clips, reading.normalisation), class_embeddings)
-                files.append(distributed.rank(), [i for i, _ in read], logits)
-            for i, value in chunk:
                 if isinstance(value, VideoReadError):
-                    files.append_unreadable(distributed.rank(), i, str(value))
+                    files.append_fault(distributed.rank(), "unreadable", i, str(value))
+                    continue
+                read[i], shortfall = value
+                if shortfall:
+                    files.append_fault(distributed.rank(), "cut-off", i, shortfall)
+            if read:
+                clips = torch.from_numpy(np.stack(list(read.values()))).to(class_embeddings.device)
+                logits = _score(scorers, normalised(clips, reading.normalisation), class_embeddings)
+                files.append(distributed.rank(), list(read), logits)
             found = files.count()
             advance(found - counted - len(chunk))  # what the others have done meanwhile
             counted = found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -39,6 +39,8 @@ class ProtocolResult:
     """By scorer, then by "top-1" and the like: of each part."""
     per_class: dict[str, dict[str, float]]
     """By scorer, then by class: top-1 over the videos of the class in all parts."""
+    cut_off: dict[str, str] = field(default_factory=dict)  # older files do not tell
+    """What is missing of videos that were cut off, by location; they were scored as far as they go."""
 
     def mean_std(self, scorer: str, k: int = 1) -> tuple[float, float]:
         """Mean and standard deviation over the parts."""

@@ -27,23 +27,28 @@ def results_of(protocols: Sequence[Protocol], one: Pass, files: LogitFiles) -> l
         ValueError: No video of a part could be read, and unreadable ones are to be left out.
     """
     row = {location: i for i, location in enumerate(one.videos)}
-    reasons = files.unreadable()
+    unreadable, cut_off = files.faults("unreadable"), files.faults("cut-off")
     scorers: list[str] = files.content["scorers"]
     parts = [[_Part(part, one, row, p.top_k, len(scorers)) for part in p.parts] for p in protocols]
     for videos, logits in files.chunks():
         scores = torch.from_numpy(logits).sum(dim=2)  # (videos, scorers, classes): views are added
         for part in chain.from_iterable(parts):
             part.add(videos, scores)
-    return [_result(p, own, scorers, row, reasons) for p, own in zip(protocols, parts, strict=True)]
+    return [_result(p, own, scorers, row, unreadable, cut_off) for p, own in zip(protocols, parts, strict=True)]
 
 
 def _result(
-    protocol: Protocol, parts: list[_Part], scorers: list[str], row: dict[str, int], reasons: dict[int, str]
+    protocol: Protocol,
+    parts: list[_Part],
+    scorers: list[str],
+    row: dict[str, int],
+    unreadable: dict[int, str],
+    cut_off: dict[int, str],
 ) -> ProtocolResult:
     accuracy = {scorer: {f"top-{k}": [] for k in protocol.top_k} for scorer in scorers}
     answers: dict[str, list[tuple[Tensor, Tensor, tuple[str, ...]]]] = {scorer: [] for scorer in scorers}
     for part in parts:
-        counted = torch.tensor([protocol.unreadable == "wrong" or i not in reasons for i in part.rows.tolist()])
+        counted = torch.tensor([protocol.unreadable == "wrong" or i not in unreadable for i in part.rows.tolist()])
         if not counted.any():
             name, n = part.manifest.name, len(part.manifest)
             raise ValueError(f"{protocol.name}, {name}: none of its {n} videos could be read.")
@@ -64,7 +69,8 @@ def _result(
         templates=list(protocol.templates),
         sampling=asdict(protocol.sampling),
         unreadable_policy=protocol.unreadable,
-        unreadable={at: reasons[row[at]] for at in sorted(videos) if row[at] in reasons},
+        unreadable={at: unreadable[row[at]] for at in sorted(videos) if row[at] in unreadable},
+        cut_off={at: cut_off[row[at]] for at in sorted(videos) if row[at] in cut_off},
         accuracy=accuracy,
         per_class={scorer: _per_class(found) for scorer, found in answers.items()},
     )

@@ -47,7 +47,7 @@ def markdown(results: Results) -> str:
         "## Protocols",
         "",
         *_markdown_table(
-            ["", "hash", "parts", "classes", "videos", "unreadable", "templates", "views"],
+            ["", "hash", "parts", "classes", "videos", "unreadable", "cut off", "templates", "views"],
             [
                 [
                     r.protocol,
@@ -56,6 +56,7 @@ def markdown(results: Results) -> str:
                     str(r.classes),
                     str(r.videos),
                     f"{len(r.unreadable)}, {'counted as wrong' if r.unreadable_policy == 'wrong' else 'left out'}",
+                    str(len(r.cut_off)),
                     str(len(r.templates)),
                     f"{r.sampling['views']} x {r.sampling['crops']}",
                 ]
