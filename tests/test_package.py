@@ -6,7 +6,7 @@ import pytest
 
 import interpolate
 
-OPTIONAL = "open_clip", "torchvision", "decord", "matplotlib", "rich", "lightning", "transformers", "PIL", "av"
+OPTIONAL = "open_clip", "torchvision", "matplotlib", "rich", "lightning", "transformers", "PIL", "av"
 
 
 def test_importing_the_library_imports_nothing_optional():

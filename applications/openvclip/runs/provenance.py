@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-_MODULES = ("torch", "torchvision", "open_clip", "decord", "av", "numpy")
+_MODULES = ("torch", "torchvision", "open_clip", "av", "numpy")
 
 
 def provenance() -> dict[str, Any]:
