@@ -18,16 +18,20 @@ _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque, tuple)
 
 @contextmanager
 def isolated(model: nn.Module, stand_ins: Mapping[int, Tensor]) -> Iterator[None]:
-    """Let the modules of a model see copies of their own state, and tensors of the caller's in place of parameters.
+    """Let the modules of a model see copies of their own state, and tensors of the caller's where they hold weights.
 
     Forward passes change more than buffers: they register others, set attributes beside them, fill caches, count
     samples. So every attribute of every module that is a tensor or a container of Python's is copied for the length of
     a `with` block, and what the modules held before, untouched, is what they hold afterwards. Modules that are reached
     through attributes only are taken along. Objects of other kinds (a configuration, a logger) are shared.
 
+    Registered parameters stay what they are, for `torch.func.functional_call` to replace; it does so in copies, which
+    lets it go wrong in putting them back.
+
     Args:
         model: The model; its modules stay the same objects.
-        stand_ins: The id of a parameter → what modules see in its place, wherever they hold it.
+        stand_ins: The id of a parameter → what modules see in its place wherever else they hold it: in lists, as RNNs
+            do, or as attributes.
 
     Raises:
         RuntimeError: At the end, if parameters without a stand-in have been written to: they are shared, since copies
@@ -72,7 +76,10 @@ class _Copies:
         while self._modules:
             module = self._modules.pop()
             own = vars(module).copy()
-            found.append((module, own, {name: self.of(value) for name, value in own.items()}))
+            seen = {name: self.of(value) for name, value in own.items()}
+            if "_parameters" in own:
+                seen["_parameters"] = own["_parameters"].copy()
+            found.append((module, own, seen))
         return found
 
     def of(self, value: Any) -> Any:

@@ -7,11 +7,12 @@ the model as it was, whatever happens: weights, buffers, and the gradients of wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
@@ -26,7 +27,7 @@ Parameters = Mapping[str, nn.Parameter]
 def functional(
     model: nn.Module, theta: Parameters, anchor: Weights, alpha: float, function: Callable[[nn.Module], T]
 ) -> T:
-    """With leaves of its own that the model's modules see in place of their weights, which are never touched.
+    """Through `torch.func.functional_call`, with leaves of its own: the model's own weights are never touched.
 
     The leaves share `.grad` with the parameters, so DDP's hooks don't see this pass, and backward adds to the
     gradients that the plain pass goes on with: no second set is allocated.
@@ -37,8 +38,7 @@ def functional(
     for name, leaf in leaves.items():
         leaf.requires_grad_().grad, theta[name].grad = theta[name].grad, None
     try:
-        with seen_at(model, theta, leaves):
-            result = function(model)
+        result = call_at(model, theta, leaves, function)
         leaked = [name for name, p in theta.items() if p.grad is not None]
     finally:
         for name, leaf in leaves.items():
@@ -76,11 +76,25 @@ def in_place(
 STRATEGIES = {"functional": functional, "in_place": in_place}
 
 
-def seen_at(model: nn.Module, theta: Parameters, weights: Weights) -> AbstractContextManager[None]:
-    """A `with` block in which the model's modules see `weights` in place of `theta`, and copies of their state."""
+def call_at(model: nn.Module, theta: Parameters, weights: Weights, function: Callable[[nn.Module], T]) -> T:
+    """A function of the model by `functional_call`, with `weights` in place of `theta` and copies of all its state."""
     stand_ins = {id(p): weights[name] for name, p in theta.items()}
-    untouched = {id(p): p.detach().clone() for p in model.parameters() if p.requires_grad and id(p) not in stand_ins}
-    return isolated(model, stand_ins | untouched)
+    stand_ins |= {id(p): p.detach().clone() for p in model.parameters() if p.requires_grad and id(p) not in stand_ins}
+    with isolated(model, stand_ins):
+        parameters = {f"model.{name}": stand_ins.get(id(p), p) for name, p in model.named_parameters()}
+        buffers = {f"model.{name}": buffer for name, buffer in model.named_buffers()}
+        return functional_call(_Bound(model), (parameters, buffers), (function,), strict=True)
+
+
+class _Bound(nn.Module):
+    """Lets `functional_call` put weights under any function of a model, and not under its forward pass alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[nn.Module], T]) -> T:
+        return function(self.model)
 
 
 @contextmanager
@@ -146,10 +160,10 @@ def _check_wrappers(model: nn.Module) -> None:
 
 
 def _obstacle_to_functional(model: nn.Module, theta: Parameters) -> str | None:
-    """Why modules of this model would not see other weights in place of their own, or None."""
+    """Why `functional_call` would be silently wrong for this model, or None."""
     sharded = [name for name, p in theta.items() if is_sharded(p)]
     if sharded:
-        return f"FSDP2 and DTensor modules go on with their own sharded parameters ({listed(sharded)})"
+        return f"torch.func.functional_call ignores the weights given for sharded parameters ({listed(sharded)})"
     hooked = [name for name, p in theta.items() if getattr(p, "_backward_hooks", None)]
     if hooked:
         return f"gradient hooks of parameters ({listed(hooked)}) would not see gradients at the interpolated weights"

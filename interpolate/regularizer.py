@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from interpolate._alphas import AlphaSequence
 from interpolate._sharding import inner, is_sharded, like, local
-from interpolate._strategies import CHECKPOINTED, STRATEGIES, choose_strategy, has_reentrant_checkpoint, seen_at
+from interpolate._strategies import CHECKPOINTED, STRATEGIES, call_at, choose_strategy, has_reentrant_checkpoint
 from interpolate.errors import WeightMismatchError
 from interpolate.weights import Weights, check_match, listed, trainable_weights
 
@@ -192,11 +192,10 @@ class InterpolatedWeightRegularizer(AlphaSequence):
         step, theta = self.step, self._trainable()
         tilde = {name: torch.lerp(p, self.anchor[name], self.alpha) for name, p in theta.items()}
         if not torch.is_grad_enabled():
-            with seen_at(self.model, theta, tilde):
-                return self.model(*args, **kwargs)
+            return call_at(self.model, theta, tilde, lambda model: model(*args, **kwargs))
         torch.autograd.graph.register_multi_grad_hook(tuple(tilde.values()), lambda _: self._end(step), mode="any")
-        with torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTED), seen_at(self.model, theta, tilde):
-            output = self.model(*args, **kwargs)
+        with torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTED):
+            output = call_at(self.model, theta, tilde, lambda model: model(*args, **kwargs))
         if has_reentrant_checkpoint(output):
             raise RuntimeError(CHECKPOINTED)
         return output

@@ -115,7 +115,7 @@ def all_ranks_share_alpha_where_weights_are_sharded(rank: int) -> None:
 
 
 def the_functional_strategy_is_refused_with_the_reason(rank: int) -> None:
-    with pytest.raises(ValueError, match=r"go on with their own sharded parameters \(0\.weight, 0\.bias"):
+    with pytest.raises(ValueError, match=r"ignores the weights given for sharded parameters \(0\.weight, 0\.bias"):
         InterpolatedWeightRegularizer(sharded(network()), strategy="functional")
 
 
