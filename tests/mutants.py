@@ -87,11 +87,11 @@ MUTANTS = [
     ("_isolation.py", "return tensor.clone()  #", "return tensor.detach().clone()  #", ISOLATION),
     ("_isolation.py", "self._copies[id(value)] = copy = value.copy()", "copy = value.copy()", ISOLATION),
     ("_sharding.py", "module.reshard()", "pass", FSDP2),
-    ("_sharding.py", "name = name.replace(wrapper, \"\")", "pass", REGULARIZER),
+    ("_names.py", "if part not in _WRAPPERS", "", NAMES),
     ("weights.py", "p.requires_grad and p.is_floating_point()", "p.requires_grad", REGULARIZER),
-    ("weights.py", "        _overwrite(targets, backup)\n", "", "tests/test_weights.py"),
+    ("weights.py", "        _overwrite({name: targets[name] for name in backup}, {}, backup)\n", "", "tests/test_weights.py"),
     ("weights.py", "    torch.clear_autocast_cache()", "    pass", "tests/test_weights.py"),
-    ("weights.py", "not 0 <= value <= 1", "value < 0 or value > 1", PATCHING),
+    ("weights.py", "not 0 <= number <= 1", "number < 0 or number > 1", PATCHING),
     ("weights.py", "precision = mixing_precision(theta.dtype)", "precision = theta.dtype", "tests/test_weights.py"),
     ("weights.py", "        return anchor.to(theta.dtype, copy=True)", "        return theta.clone()", PATCHING),
     ("weights.py", "anchor.to(precision), anchor_weight)", "anchor.to(precision), 1 - anchor_weight)", PATCHING),
@@ -155,7 +155,7 @@ MUTANTS = [
     ("files.py", "{**recipe, \"inputs\": [_seen_from(folder, path) for path in inputs]", "{**recipe, \"inputs\": inputs", FILES),
     ("patching.py", "sides=(sides[0], side))", ")", FILES),
     ("reports.py", "found.differs |= not all(same_bits", "found.differs |= not all(torch.equal", FILES),
-    ("reports.py", "a.dtype is b.dtype and ", "", FILES),
+    ("_tensors.py", "a.dtype is b.dtype and ", "", FILES),
     ("reports.py", "but_for_equals=True) for", "but_for_equals=False) for", FILES),
     ("reports.py", "        return tensor.to(torch.complex128)", "        return tensor.real.to(torch.float64)", FILES),
     ("reports.py", "bool(self.unmatched) or any", "any", FILES),
@@ -175,7 +175,7 @@ MUTANTS = [
     ("path.py", "if found[left] >= found[right]:", "if found[left] < found[right]:", PATH),
     ("path.py", "if data == self.data:", "if False:", PATH),
     ("lightning.py", "regularizer.strength / trainer.accumulate_grad_batches", "regularizer.strength", "tests/test_lightning.py"),
-    ("transformers.py", "self._factor = self.regularizer.strength", "self._factor = 1.0", "tests/test_transformers.py"),
+    ("transformers.py", "self._backward_scaled(regularizer.strength)", "self._backward_scaled(1.0)", "tests/test_transformers.py"),
 ]  # fmt: skip
 
 
