@@ -200,7 +200,13 @@ def _ratio(texts: Sequence[str]) -> Ratio:
     try:
         if len(texts) == 1 and "=" not in texts[0]:
             return float(texts[0])
-        return {pattern: float(weight) for pattern, _, weight in (text.rpartition("=") for text in texts)}
+        given = [(pattern, float(weight)) for pattern, _, weight in (text.rpartition("=") for text in texts)]
+        ratios = dict(given)
+        if "" in ratios:
+            raise ValueError("a weight without a pattern must be the only one")
+        if len(ratios) < len(given):
+            raise ValueError("a pattern is given twice")
+        return ratios
     except ValueError as error:
         raise ValueError(f"--anchor-weight takes W or PATTERN=W ..., got {' '.join(texts)!r}: {error}.") from error
 

@@ -27,6 +27,19 @@ _EXTRA_STATE = "_extra_state"
 _BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
+_ARGUMENTS = {"patch": "anchor_weight", "slerp": "anchor_weight", "average": "operation", "task_arithmetic": "scales"}
+"""What a recipe must have for each operation."""
+
+
+def is_recipe(value: Any) -> bool:
+    """Whether something that was read is a recipe, as written, with inputs and their hashes."""
+    if not (isinstance(value, dict) and _ARGUMENTS.get(str(value.get("operation"))) in value):
+        return False
+    lists: list[Any] = [value.get("inputs"), value.get("sha256")]
+    are_texts = all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists)
+    return are_texts and len(lists[0]) == len(lists[1])
+
+
 def sides_of(recipe: Recipe, n: int, paths: Sequence[str] = ()) -> list[str]:
     """What the user calls the n inputs of a recipe: what they are to it, and their paths if they have any."""
     if recipe["operation"] in ("patch", "slerp"):
@@ -59,8 +72,7 @@ def compiled(recipe: Recipe, names: Sequence[str], n_sources: int) -> Callable[[
         ratios = _ratios(recipe["anchor_weight"], names)
         operation = lambda name, tensors: lerp(tensors[0], tensors[1], ratios[name])  # noqa: E731 # one of four alike
     elif kind == "slerp":
-        weight = recipe["anchor_weight"]
-        check_coefficient("anchor_weight", weight)
+        weight = check_coefficient("anchor_weight", recipe["anchor_weight"])
         operation = lambda _, tensors: _slerp(tensors[0], tensors[1], weight)  # noqa: E731
     elif kind == "average":
         operation = lambda _, tensors: (summed(tensors) / len(tensors)).to(tensors[0].dtype)  # noqa: E731
@@ -122,12 +134,21 @@ def checked(name: str, mixed: Tensor, tensors: list[Tensor]) -> Tensor:
     return mixed
 
 
+def as_numbers(anchor_weight: Ratio) -> Ratio:
+    """The same as Python's numbers, which a recipe can keep; what NumPy and torch compute are none of these."""
+    if not isinstance(anchor_weight, Mapping):
+        return check_coefficient("anchor_weight", anchor_weight)
+    return {
+        pattern: check_coefficient(f"anchor_weight of {pattern!r}", weight) for pattern, weight in anchor_weight.items()
+    }
+
+
 def _ratios(anchor_weight: Ratio, names: Sequence[str]) -> dict[str, float]:
     """The weight of the anchor for every name."""
-    patterns = anchor_weight if isinstance(anchor_weight, Mapping) else {"*": anchor_weight}
+    checked = as_numbers(anchor_weight)
+    patterns = checked if isinstance(checked, Mapping) else {"*": checked}
     ratios: dict[str, float] = {}
     for pattern, weight in patterns.items():
-        check_coefficient("anchor_weight" if pattern == "*" else f"anchor_weight of {pattern!r}", weight)
         fitting = [name for name in names if fnmatchcase(name, pattern)]
         if not fitting and pattern != "*":
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import pickle
 import posixpath
 import re
 import zipfile
@@ -127,6 +128,8 @@ def _reason(error: Exception) -> str:
         )
     if found := re.search(r"WeightsUnpickler error:\s*(.+)", text):
         text = found[1]
+    if not isinstance(error, (RuntimeError, pickle.UnpicklingError)):  # its text is of the wrong bytes
+        text = "it is not in that format"
     return f"{(text or type(error).__name__).splitlines()[0][:200]}. Is it a checkpoint, and all of it?"
 
 
@@ -166,13 +169,13 @@ def _sets(content: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, Any]]]
     waiting, seen = [("", content)], set()
     while waiting:
         path, mapping = waiting.pop(0)
-        if id(mapping) in seen:
+        if id(mapping) in seen or "param_groups" in mapping:
             continue
         seen.add(id(mapping))
         if any(_is_named_tensor(name, value) for name, value in mapping.items()):
             yield path.removeprefix(".") or ".", mapping
         for name, value in mapping.items():
-            if isinstance(value, Mapping) and "param_groups" not in value and not str(name).endswith("_extra_state"):
+            if isinstance(value, Mapping) and not str(name).endswith("_extra_state"):
                 waiting.append((f"{path}.{name}", value))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import posixpath
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from typing import Any
 
@@ -37,9 +38,19 @@ def file_system(path: str) -> tuple[Any, str]:
     """
     if os.path.exists(path):  # whatever its name looks like
         return LocalFileSystem(), os.path.abspath(path)
-    try:
+    with _reached(path):
         return fsspec.core.url_to_fs(path)
-    except ImportError as error:
+
+
+@contextmanager
+def _reached(path: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no file {path}.") from error
+    except OSError:
+        raise
+    except Exception as error:  # packages of protocols have errors of their own: of archives, of credentials
         raise CheckpointError(f"{path} can't be reached: {error}.") from error
 
 
@@ -80,8 +91,10 @@ def opened(path: str) -> Any:
         CheckpointError: It only points to the contents, which git-lfs has not fetched.
     """
     fs, target = file_system(path)
-    file = fs.open(target, "rb")
-    if file.read(len(_POINTER)) == _POINTER:
+    with _reached(path):
+        file = fs.open(target, "rb")
+        start = file.read(len(_POINTER))
+    if start == _POINTER:
         file.close()
         raise CheckpointError(f"{path} is a pointer of git-lfs, not the file itself; fetch it with `git lfs pull`.")
     file.seek(0)

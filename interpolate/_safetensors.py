@@ -78,6 +78,8 @@ def _header(file: Any, path: str) -> tuple[dict[str, Entry], dict[str, int], dic
         raise CheckpointError(f"{path} is not a whole safetensors file: {size} bytes, header of {length}.")
     header = parsed(file.read(length), path)
     metadata = header.pop("__metadata__", None) or {}
+    if not (isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())):
+        raise CheckpointError(f"{path}: the header's __metadata__ must be text by name, got {metadata!r:.80}.")
     described = [(name, *_described(path, name, value)) for name, value in header.items()]
     entries, starts, end = {}, {}, 0
     for name, dtype, shape, start, stop in sorted(described, key=lambda tensor: tensor[3:]):

@@ -69,7 +69,13 @@ def quantised(weights: Mapping[str, Any]) -> list[str]:
         >>> quantised({"fc.weight": torch.ones(2, dtype=torch.int8), "positions": torch.arange(3)})
         ['fc.weight']
     """
-    return [name for name, tensor in weights.items() if _is_quantised(name, getattr(tensor, "dtype", None), weights)]
+    return [name for name, tensor in weights.items() if _is_quantised(name, _dtype(tensor), weights)]
+
+
+def _dtype(tensor: Any) -> torch.dtype | None:
+    """That of a tensor; arrays of NumPy have dtypes of another kind."""
+    dtype = getattr(tensor, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def _is_quantised(name: str, dtype: torch.dtype | None, weights: Mapping[str, Any]) -> bool:
@@ -79,7 +85,7 @@ def _is_quantised(name: str, dtype: torch.dtype | None, weights: Mapping[str, An
 
     def beside(*lasts: str) -> list[torch.dtype | None]:
         names = [f"{module}.{last}" if module else last for last in lasts]
-        return [getattr(weights[name], "dtype", None) for name in names if name in weights]
+        return [_dtype(weights[name]) for name in names if name in weights]
 
     if last == "zero_point":  # torch.ao's layers; its fake quantisers, whose weights are still numbers, have them too
         return bool(beside("scale")) and not beside("fake_quant_enabled")
@@ -117,7 +123,7 @@ def check_mixable(first: Mapping[str, Any], *others: Mapping[str, Any]) -> None:
             )
     for other in others:
         for name, tensor in first.items():
-            dtype, others_dtype = getattr(tensor, "dtype", None), getattr(other.get(name), "dtype", None)
+            dtype, others_dtype = _dtype(tensor), _dtype(other.get(name))
             if dtype and others_dtype and _kind(dtype) != _kind(others_dtype):
                 raise WeightMismatchError(
                     f"{name} is {_plain(dtype)} in one set of weights and {_plain(others_dtype)} in another: "

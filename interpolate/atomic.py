@@ -59,6 +59,8 @@ def replaced_path(path: str, folder: bool = False, last: str = "") -> Iterator[s
         return
     target = os.path.realpath(target)
     parent = os.path.dirname(target)
+    if os.path.isdir(target) and not folder:
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file to write.")
     if not os.path.isdir(parent):
         raise FileNotFoundError(f"there is no folder {parent} to write {path} into; make it first.")
     with _staging(parent) as scratch:

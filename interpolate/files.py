@@ -12,7 +12,16 @@ from threading import Event
 from torch import Tensor
 
 from interpolate._names import prefix_before
-from interpolate._operations import Ratio, Recipe, compiled, is_mixed, sides_of, without_extra_state
+from interpolate._operations import (
+    Ratio,
+    Recipe,
+    as_numbers,
+    compiled,
+    is_mixed,
+    is_recipe,
+    sides_of,
+    without_extra_state,
+)
 from interpolate._unmixable import check_mixable
 from interpolate.checkpoints import Checkpoint, Entry, write
 from interpolate.errors import CheckpointError, WeightMismatchError
@@ -62,7 +71,7 @@ def patch_files(
         >>> load_file("out.safetensors"), report.tensors[0].distance
         ({'w': tensor([0.2500])}, 1.0)
     """
-    recipe = {"operation": "patch", "anchor_weight": anchor_weight}
+    recipe = {"operation": "patch", "anchor_weight": as_numbers(anchor_weight)}
     return mix_files([theta, anchor], recipe, None if dry_run else output, progress)
 
 
@@ -90,6 +99,8 @@ def mix_files(paths: Sequence[Path], recipe: Recipe, output: Path | None, progre
     Args:
         output: What to write. None writes nothing, and nothing is hashed then: the recipe has no `sha256`.
     """
+    if isinstance(paths, (str, os.PathLike)):
+        raise ValueError(f"a list of checkpoints is expected, got the one path {os.fspath(paths)!r}.")
     inputs = [os.fspath(path) for path in paths]
     with ExitStack() as stack:
         checkpoints = [stack.enter_context(Checkpoint(path)) for path in inputs]
@@ -206,9 +217,14 @@ def diff(first: Path, second: Path) -> Report:
 def recipe_of(checkpoint: Checkpoint) -> Recipe | None:
     """The recipe in a checkpoint's metadata, None if there is none."""
     text = checkpoint.metadata.get(RECIPE)
-    recipe = None if text is None else json.loads(text)
-    if recipe is not None and not (isinstance(recipe, dict) and {"operation", "inputs", "sha256"} <= recipe.keys()):
-        raise CheckpointError(f"{checkpoint.path} holds a recipe that is none: {text!r}.")
+    if text is None:
+        return None
+    try:
+        recipe = json.loads(text)
+    except (ValueError, RecursionError):
+        recipe = None
+    if not is_recipe(recipe):
+        raise CheckpointError(f"{checkpoint.path} holds a recipe that is none: {text!r:.200}.")
     return recipe
 
 

@@ -6,12 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from interpolate._names import bare, by_bare_name, renamed, unwrapped
 from interpolate._operations import Ratio, Recipe, compiled, is_mixed, sides_of, without_extra_state
 from interpolate._unmixable import check_mixable
-from interpolate.checkpoints import Checkpoint
+from interpolate.checkpoints import Checkpoint, Entry
 from interpolate.weights import Weights, check_match
 
 T = TypeVar("T")
@@ -154,10 +155,13 @@ def matched(sets: Sequence[Mapping[str, T]], sides: Sequence[str]) -> list[dict[
     check_mixable(*named)
     for side, weights in zip(sides, named, strict=True):
         for name, tensor in weights.items():
-            if not hasattr(tensor, "dtype"):
+            if not isinstance(tensor, (Tensor, Entry)):
                 raise ValueError(
                     f"{name!r} of {side} is {type(tensor).__name__}, not a tensor; give the weights alone."
                 )
+            if isinstance(tensor, Tensor) and (tensor.is_meta or tensor.layout != torch.strided):
+                kind = "meta, without values" if tensor.is_meta else f"{tensor.layout}".removeprefix("torch.")
+                raise ValueError(f"{name!r} of {side} is a tensor of the kind {kind}; only dense ones can be mixed.")
         check_match(first, weights, sides=(sides[0], side))
     return named
 

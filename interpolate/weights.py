@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -61,10 +62,15 @@ def check_match(
         )
 
 
-def check_coefficient(name: str, value: float) -> None:
-    """Raise `ValueError` unless the weight of the anchor is in [0, 1]; nan is not."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} is the weight of the anchor and must be in [0, 1], got {value}.")
+def check_coefficient(name: str, value: Any) -> float:
+    """The weight of the anchor as Python's number; `ValueError` unless it is in [0, 1], which nan is not."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name} is the weight of the anchor and must be in [0, 1], got {value!r}.")
+    return number
 
 
 def lerp(theta: Tensor, anchor: Tensor, anchor_weight: float) -> Tensor:

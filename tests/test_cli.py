@@ -170,7 +170,12 @@ def test_verify_tells_by_its_exit_code(capsys: pytest.CaptureFixture[str]):
             "the pattern 'c.*' in",
         ),
         (("patch", *PAIR, "--anchor-weight", "a.*=1", "-o", "o.safetensors"), "no pattern in anchor_weight fits b.w"),
+        (("patch", *PAIR, "--anchor-weight", "*=1", "*=0", "-o", "o.safetensors"), "a pattern is given twice"),
+        (("patch", *PAIR, "--anchor-weight", "1", "--anchor-weight", "0", "-o", "o.pt"), "must be the only one"),
         (("inspect", "missing.safetensors"), "missing.safetensors"),
+        (("inspect", "memory://missing.pt"), "there is no file memory://missing.pt"),
+        (("inspect", "zip://a.pt::junk.safetensors"), "zip://a.pt::junk.safetensors can't be reached: File is not a z"),
+        (("average", *PAIR, "-o", "folder.safetensors"), "folder.safetensors is a folder; give the name of a file"),
         (("path", *PAIR, "--evaluate", "nowhere:none"), "got 'nowhere:none': No module named 'nowhere'"),
         (("path", *PAIR, "--evaluate", "judging"), "--evaluate takes MODULE:FUNCTION, got 'judging'"),
         (("inspect", "junk.safetensors"), "junk.safetensors"),
@@ -182,6 +187,7 @@ def test_verify_tells_by_its_exit_code(capsys: pytest.CaptureFixture[str]):
     ],
 )
 def test_bad_input_is_said_on_one_line(arguments: tuple, message: str, capsys: pytest.CaptureFixture[str]):
+    Path("folder.safetensors").mkdir()
     Path("junk.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     assert run(*arguments) == 2
     error = capsys.readouterr().err

@@ -2,7 +2,9 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -237,6 +239,22 @@ def test_inspect_opens_a_checkpoint_once(pair: Path, monkeypatch: pytest.MonkeyP
     assert (report.inputs, report.recipe and report.recipe["operation"]) == (["out.safetensors"], "patch")
 
 
+def test_a_weight_that_numpy_or_torch_computed_is_written_as_a_number(pair: Path):
+    computed: list[Any] = [np.float32(0.25), torch.tensor(0.25), {"*": np.float32(0.25)}]
+    for weight in computed:
+        report = patch_files("anchor.safetensors", "theta.safetensors", "out.safetensors", anchor_weight=weight)
+        assert report.recipe is not None
+        assert report.recipe["anchor_weight"] == (0.25 if not isinstance(weight, dict) else {"*": 0.25})
+        assert verify("out.safetensors") == []
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], got None"):
+        patch_files("anchor.safetensors", "theta.safetensors", "out.safetensors", anchor_weight=None)  # type: ignore[arg-type] # a user's mistake
+
+
+def test_one_path_is_no_list_of_checkpoints(pair: Path):
+    with pytest.raises(ValueError, match=r"a list of checkpoints is expected, got the one path 'theta\.safetensors'"):
+        average_files("theta.safetensors", "out.safetensors")
+
+
 def test_no_files_are_nothing_to_mix(pair: Path):
     with pytest.raises(ValueError, match="nothing to mix: no checkpoint was given"):
         average_files([], "out.safetensors")
@@ -274,8 +292,20 @@ def test_verify_finds_other_names_shapes_and_dtypes(pair: Path):
         assert re.search(problem, found)
 
 
-def test_verify_says_what_is_no_recipe(pair: Path):
-    save_file(load_file("theta.safetensors"), "out.safetensors", {"interpolate": '{"operation": "patch"}'})
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        '{"operation": "patch"}',
+        "{",
+        "5",
+        '{"operation": "patch", "inputs": ["theta.safetensors"], "sha256": ["0"]}',
+        '{"operation": "average", "inputs": 5, "sha256": []}',
+        '{"operation": "average", "inputs": ["theta.safetensors"], "sha256": []}',
+        '{"operation": ["average"], "inputs": [], "sha256": []}',
+    ],
+)
+def test_verify_says_what_is_no_recipe(recipe: str, pair: Path):
+    save_file(load_file("theta.safetensors"), "out.safetensors", {"interpolate": recipe})
     with pytest.raises(CheckpointError, match=r"out\.safetensors holds a recipe that is none"):
         verify("out.safetensors")
 

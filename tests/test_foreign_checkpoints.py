@@ -292,7 +292,11 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
 JUNK = {
     "empty": (written(b""), "is empty; fetch or write it again"),
     "junk": (written(os.urandom(300)), "can't be read as what torch.save writes"),
-    "text": (written(b"hello there\n" * 9), "can't be read as what torch.save writes"),
+    "text": (written(b"hello there\n" * 9), "can't be read as what torch.save writes: it is not in that format"),
+    "optimizer": (
+        lambda path: torch.save({"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1}]}, path),
+        "holds no tensors",
+    ),
     "git-lfs": (written(POINTER), "is a pointer of git-lfs, not the file itself; fetch it with `git lfs pull`"),
     "pickled": (written(pickle.dumps({"w": [1]})), "holds no tensors|can't be read as what"),
     "zip": (lambda path: zipfile.ZipFile(path, "w").writestr("a", "b"), "can't be read as what torch.save writes"),
@@ -335,6 +339,8 @@ TENSOR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (header({"w": {"dtype": "F32", "shape": [2]}}) + bytes(8), r"of w are 'F32', \[2\] and None"),
         (header({"w": {**TENSOR, "shape": [-2]}}) + bytes(8), r"of w are 'F32', \[-2\]"),
         (header({"w": {**TENSOR, "data_offsets": [0.0, 8]}}) + bytes(8), r"and \[0\.0, 8\]"),
+        (header({"__metadata__": ["pt"], "w": TENSOR}) + bytes(8), r"__metadata__ must be text by name, got \['pt'\]"),
+        (header({"__metadata__": {"interpolate": 5}, "w": TENSOR}) + bytes(8), "__metadata__ must be text by name"),
         (header({"w": 5}), "of w are None, None and None"),
         (header({"w": TENSOR, "v": TENSOR}) + bytes(8), "v is cut off or its header is wrong"),
         (header({"w": {**TENSOR, "data_offsets": [4, 12]}}) + bytes(12), "w is cut off or its header is wrong"),

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -217,6 +218,21 @@ def test_nan_is_named_and_counted():
     theta = {"w": torch.tensor([1.0, torch.nan, torch.nan])}
     with pytest.raises(ValueError, match="w has 2 values that are not finite"):
         patch({"w": torch.ones(3)}, theta, anchor_weight=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*[Ss]parse")
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.ones(2, dtype=np.float32), "'w' of anchor is ndarray, not a tensor"),
+        ([1.0, 1.0], "'w' of anchor is list, not a tensor"),
+        (torch.ones(2, device="meta"), "'w' of anchor is a tensor of the kind meta, without values"),
+        (torch.ones(2).to_sparse(), "'w' of anchor is a tensor of the kind sparse_coo"),
+    ],
+)
+def test_what_is_no_dense_tensor_is_named(value, message: str):
+    with pytest.raises(ValueError, match=message):
+        patch({"w": value}, {"w": torch.zeros(2)}, anchor_weight=0.5)
 
 
 def test_names_must_match():
