@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
@@ -41,7 +42,11 @@ class Pixels:
         if kind != self._kind:
             self._kind, self._graph = kind, self._graph_for(frame, self._size)
         self._graph.push(frame)
-        return self._orientation.upright(self._graph.pull().to_ndarray())
+        (plane,) = self._graph.vpull().planes
+        content: Any = plane  # a buffer, which PyAV's stubs do not say
+        rows = np.frombuffer(content, np.uint8).reshape(plane.height, plane.line_size)
+        # a view of the frame, which lives as long; `to_ndarray` would copy it
+        return self._orientation.upright(rows[:, : 3 * plane.width].reshape(plane.height, plane.width, 3))
 
     def _graph_for(self, frame: av.VideoFrame, size: tuple[int, int]) -> Graph:
         graph = Graph()
