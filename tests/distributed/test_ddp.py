@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from two_ranks import WORLD_SIZE, claims_of, outcomes
+from two_ranks import WORLD_SIZE, on_two_ranks
 
 from interpolate import InterpolatedWeightRegularizer, SWAAverager
 from interpolate.weights import trainable_weights
@@ -285,14 +285,4 @@ def an_exception_under_ddp_leaves_the_model_as_it_was(rank: int) -> None:
         torch.testing.assert_close(ddp.module.state_dict(), before, rtol=0, atol=0)
 
 
-CLAIMS = claims_of(__name__)
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return outcomes(CLAIMS, tmp_path_factory.mktemp("ddp"))
-
-
-@pytest.mark.parametrize("claim", [claim.__name__ for claim in CLAIMS])
-def test_two_ranks(claim: str, found: dict[str, str]):
-    assert not found[claim], found[claim]
+test_two_ranks = on_two_ranks(__name__)

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
-from two_ranks import WORLD_SIZE, claims_of, outcomes
+from two_ranks import WORLD_SIZE, on_two_ranks
 
 from interpolate import InterpolatedWeightRegularizer, load_weights
 from interpolate._sharding import reshard
@@ -191,14 +191,4 @@ def whole_weights_can_be_applied_to_shards(rank: int) -> None:
         torch.testing.assert_close(model(x), own, rtol=0, atol=0)
 
 
-CLAIMS = claims_of(__name__)
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return outcomes(CLAIMS, tmp_path_factory.mktemp("fsdp2"))
-
-
-@pytest.mark.parametrize("claim", [claim.__name__ for claim in CLAIMS])
-def test_two_ranks(claim: str, found: dict[str, str]):
-    assert not found[claim], found[claim]
+test_two_ranks = on_two_ranks(__name__)

@@ -11,7 +11,7 @@ from random_modules import identical
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from two_ranks import WORLD_SIZE, claims_of, outcomes
+from two_ranks import WORLD_SIZE, on_two_ranks
 
 from interpolate._names import unwrapped
 
@@ -158,14 +158,4 @@ def lightning_under_fsdp2_resumes_bit_for_bit_from_shards(rank: int) -> None:
     check_lightning(rank, strategy="fsdp2", saved_whole=False)
 
 
-CLAIMS = claims_of(__name__)
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return outcomes(CLAIMS, tmp_path_factory.mktemp("trainers"))
-
-
-@pytest.mark.parametrize("claim", [claim.__name__ for claim in CLAIMS])
-def test_two_ranks(claim: str, found: dict[str, str]):
-    assert not found[claim], found[claim]
+test_two_ranks = on_two_ranks(__name__)

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
-from two_ranks import WORLD_SIZE, claims_of, outcomes
+from two_ranks import WORLD_SIZE, on_two_ranks
 
 from interpolate import (
     EMAAverager,
@@ -175,14 +175,4 @@ def a_model_sharded_after_its_averager_is_refused(rank: int) -> None:
         averager.update()
 
 
-CLAIMS = claims_of(__name__)
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return outcomes(CLAIMS, tmp_path_factory.mktemp("averaging"))
-
-
-@pytest.mark.parametrize("claim", [claim.__name__ for claim in CLAIMS])
-def test_two_ranks(claim: str, found: dict[str, str]):
-    assert not found[claim], found[claim]
+test_two_ranks = on_two_ranks(__name__)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from random_modules import identical
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from two_ranks import WORLD_SIZE, claims_of, outcomes
+from two_ranks import WORLD_SIZE, on_two_ranks
 
 from interpolate import InterpolatedWeightRegularizer, SWAAverager
 from interpolate._names import unwrapped
@@ -144,14 +144,4 @@ def hugging_face_under_fsdp2_resumes_bit_for_bit_and_evaluates_the_average(rank:
     check_hugging_face(rank, fsdp2=True)
 
 
-CLAIMS = claims_of(__name__)
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return outcomes(CLAIMS, tmp_path_factory.mktemp("trainers"))
-
-
-@pytest.mark.parametrize("claim", [claim.__name__ for claim in CLAIMS])
-def test_two_ranks(claim: str, found: dict[str, str]):
-    assert not found[claim], found[claim]
+test_two_ranks = on_two_ranks(__name__)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -21,6 +22,16 @@ def claims_of(module: str) -> list[Claim]:
     """The functions of a test module that take a rank and nothing else."""
     functions = inspect.getmembers(sys.modules[module], inspect.isfunction)
     return [f for _, f in functions if f.__module__ == module and list(inspect.signature(f).parameters) == ["rank"]]
+
+
+def on_two_ranks(module: str) -> Callable[[str, dict[str, str]], None]:
+    """The test of a module's claims; to be called when all of them are defined."""
+
+    @pytest.mark.parametrize("claim", [claim.__name__ for claim in claims_of(module)])
+    def test_two_ranks(claim: str, found: dict[str, str]) -> None:
+        assert not found[claim], found[claim]
+
+    return test_two_ranks
 
 
 def outcomes(claims: list[Claim], folder: Path) -> dict[str, str]:
