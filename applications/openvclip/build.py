@@ -162,13 +162,19 @@ def data_set(source: str, root: str | None = None, names: str | None = None, *, 
         names: JSON file of class names to use instead of the tidied ones.
         seed: Of the sets of the miniature.
     """
+    found = built_in(source, seed)
+    return layouts.read_dataset(source, root, names) if found is None else found
+
+
+def built_in(source: str, seed: int) -> Manifest | None:
+    """A set of the miniature, if the source is one."""
     world, _, name = source.partition(":")
     if world != "miniature":
-        return layouts.read_dataset(source, root, names)
-    sets = tasks.prepare(seed)
+        return None
+    sets = tasks.draw_sets(seed, 1)  # their names, before any video is made
     if name not in sets:
         raise ValueError(f"{source}: there is no such set; the miniature has {', '.join(sets)}.")
-    return sets[name]
+    return tasks.prepare(seed)[name]
 
 
 def protocols(config: Config, training_classes: Collection[str]) -> list[Protocol]:
@@ -196,7 +202,7 @@ def protocols(config: Config, training_classes: Collection[str]) -> list[Protoco
 def published_protocols(e: EvaluationConfig, seed: int) -> list[Protocol]:
     """Those that are asked for by name or file."""
     sources = {name: Sources(root, e.lists.get(name), seed) for name, root in e.videos.items()}
-    return [named(name, sources, e.unreadable) for name in e.protocols]
+    return [named(name, sources, e.unreadable, lambda source: built_in(source, seed)) for name in e.protocols]
 
 
 def normalisation(source: PretrainedCLIP) -> Normalisation:

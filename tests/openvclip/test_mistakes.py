@@ -83,6 +83,11 @@ def test_class_names_that_have_no_embedding_are_found_before_the_first_video(
         ),
         (["inspect", "flat"], "flat"),
         (["inspect", "absent"], "absent: no such file or folder"),
+        (["inspect", "s4://bucket/a.csv"], "s4://bucket/a.csv can't be opened by fsspec: Protocol not known: s4"),
+        (
+            ["evaluate", "--model.name", "miniature", "--protocols", "sets.json"],
+            "miniature:nowhere: there is no such set; the miniature has train",
+        ),
         (["trian"], "there is no 'trian'"),
         (["evaluate", "nowhere", "--weights", "other.pth"], "Unrecognized options: --weights"),
         (["train", "minature"], "minature"),
@@ -94,6 +99,7 @@ def test_a_mistake_ends_a_command_with_one_message_and_exit_code_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("broken.json").write_text("{")
+    Path("sets.json").write_text('{"name": "a", "parts": [{"source": "miniature:nowhere"}]}')
     Path("flat").mkdir()
     Path("flat/a.mp4").write_bytes(b"")
     assert said in refused(given, capsys)

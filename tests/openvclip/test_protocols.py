@@ -145,3 +145,11 @@ def test_what_a_protocol_lacks_is_named() -> None:
 def test_the_registry_has_the_papers_protocols() -> None:
     per_set = [f"{data_set}/EP{i}" for data_set in ("ucf101", "hmdb51") for i in (1, 2, 3)]
     assert set(REGISTRY) == {*per_set, "kinetics600/zero-shot", "kinetics400/closed"}
+
+
+def test_a_part_may_be_a_set_that_is_no_file(tmp_path: Path) -> None:
+    built_in = {"miniature:a": Manifest("miniature/a", "", ("a.mp4", "b.mp4"), (0, 1), ("cloud", "sun"))}
+    path = tmp_path / "p.json"
+    path.write_text('{"name": "mine", "parts": [{"source": "miniature:a", "classes": ["sun"]}]}')
+    (part,) = named(str(path), {}, built_in=built_in.get).parts
+    assert (part.name, part.paths, part.classes) == ("mine/0", ("b.mp4",), ("sun",))

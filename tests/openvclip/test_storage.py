@@ -228,6 +228,13 @@ def test_names_of_local_files_are_not_read_as_urls(tmp_path: Path, name: str, mo
         assert len(video) == 8
 
 
-def test_a_url_of_an_unknown_kind_is_named() -> None:
-    with pytest.raises(ValueError, match="nowhere"):
-        storage.read_text("nowhere://a/b.csv")
+@pytest.mark.parametrize("url", ["nowhere://a/b.csv", "zip://a::nowhere://b.zip"])
+def test_a_url_of_an_unknown_kind_is_named(url: str) -> None:
+    with pytest.raises(ValueError, match=rf"{url} can't be opened by fsspec: Protocol not known: nowhere\."):
+        storage.read_text(url)
+
+
+def test_a_url_whose_package_is_not_installed_says_which_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
+    with pytest.raises(ValueError, match=r"gs://a can't be opened by fsspec: Please install gcsfs"):
+        storage.list_files("gs://a")

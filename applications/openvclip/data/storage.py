@@ -132,9 +132,12 @@ def filesystem_of(location: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and what the location is called there.
 
     Raises:
-        ImportError: The package that reads this kind of URL is not installed; the message names it.
+        ValueError: It is no whole URL of a known kind, or the package for its kind is not installed.
     """
-    return fsspec.core.url_to_fs(location)
+    try:
+        return fsspec.core.url_to_fs(location)
+    except (ImportError, ValueError, TypeError) as error:  # the last of a URL that lacks a part, as ftp:// its host
+        raise ValueError(f"{location} can't be opened by fsspec: {error}.") from error
 
 
 def cache_root() -> Path:

@@ -21,6 +21,8 @@ from applications.openvclip.model.prompts import ACTION_TEMPLATES, TEMPLATES
 from applications.openvclip.runs.texts import json_object
 
 Unreadable = Literal["wrong", "left-out"]
+BuiltIn = Callable[[str], Manifest | None]
+"""A data set that is no file, by the source that stands for it; None where it is a file."""
 
 
 @dataclass(frozen=True)
@@ -84,20 +86,27 @@ class Sources:
     """Of the halves of EP1, where no list gives them."""
 
 
-def named(name: str, sources: Mapping[str, Sources], unreadable: Unreadable = "wrong") -> Protocol:
+def no_file(source: str) -> None:
+    """Every source is a file or folder."""
+
+
+def named(
+    name: str, sources: Mapping[str, Sources], unreadable: Unreadable = "wrong", built_in: BuiltIn = no_file
+) -> Protocol:
     """A protocol of the registry, or from a file.
 
     Args:
         name: Such as "ucf101/EP1"; or a `.json` file (`read_protocol`).
         sources: Of each data set, by the name before the slash.
         unreadable: What a video is that can't be read.
+        built_in: Gives the sets that are no files, by the sources that stand for them in files of protocols.
 
     Raises:
         ValueError: There is no such protocol, or its data set is not among the sources.
         FileNotFoundError: A list that it needs is missing.
     """
     if name.endswith(".json"):
-        return read_protocol(name, unreadable)
+        return read_protocol(name, unreadable, built_in)
     if name not in REGISTRY:
         raise ValueError(f"{name!r} is not a protocol; there are {', '.join(REGISTRY)}, and files ending in .json.")
     data_set = name.partition("/")[0]
@@ -108,13 +117,14 @@ def named(name: str, sources: Mapping[str, Sources], unreadable: Unreadable = "w
     return Protocol(name, parts, top_k=top_k, unreadable=unreadable, closed=name.endswith("/closed"))
 
 
-def read_protocol(source: str, unreadable: Unreadable = "wrong") -> Protocol:
+def read_protocol(source: str, unreadable: Unreadable = "wrong", built_in: BuiltIn = no_file) -> Protocol:
     """Your own protocol, as JSON.
 
     `{"name": …, "parts": [{"source": …, "root": …, "names": …, "classes": […]}], "templates": "actions",
     "sampling": {"frames": 8, …}, "top_k": [1, 5], "closed": true}`. A part's source and names are read as by
-    `applications.openvclip.data.layouts.read_dataset`, relative to the file. Only `name` and `parts` are required;
-    `closed` says that the classes are those of training, which of a run's own training classes is found out anyway.
+    `applications.openvclip.data.layouts.read_dataset`, relative to the file, unless `built_in` gives the set, such as
+    `miniature:train`. Only `name` and `parts` are required; `closed` says that the classes are those of training, which
+    of a run's own training classes is found out anyway.
 
     Raises:
         ValueError: A field is unknown or of another kind, or a part has no class that is asked for.
@@ -127,13 +137,16 @@ def read_protocol(source: str, unreadable: Unreadable = "wrong") -> Protocol:
     parts = []
     for i, part in enumerate(content["parts"]):
         read = {key: storage.join(folder, part[key]) for key in ("source", "root", "names") if key in part}
-        manifest = layouts.read_dataset(**read, name=f"{content['name']}/{i}")
+        name_of_part = f"{content['name']}/{i}"
+        manifest = built_in(part["source"]) if "source" in part else None
+        if manifest is None:
+            manifest = layouts.read_dataset(**read, name=name_of_part)
         classes = [c if c in manifest.classes else tidy(c) for c in part.get("classes", manifest.classes)]
         not_asked = [c for c in manifest.classes if c not in classes]
         for name in classes:  # one without a video competes as the others do, unless it is a slip of the pen
             if name not in manifest.classes and (near := difflib.get_close_matches(name, not_asked, 1, cutoff=0.7)):
                 raise ValueError(f"{source}: {name!r} is not a class of {part['source']}; is {near[0]!r} meant?")
-        parts.append(manifest.of_classes(classes, manifest.name))
+        parts.append(manifest.of_classes(classes, name_of_part))
     templates = content.get("templates", "actions")
     return Protocol(
         content["name"],
