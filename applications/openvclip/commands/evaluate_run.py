@@ -1,0 +1,79 @@
+"""The form of `openvclip evaluate` with a run: it has its own settings, and what it was trained from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from applications.openvclip.config import Config, from_dict, to_dict
+
+
+@dataclass(frozen=True)
+class OfRun:
+    """What to evaluate a run on; where no option is given, its own settings hold."""
+
+    anchor_weight: float | None = None
+    """Weight of the anchor in the final model."""
+    anchor_weights: tuple[float, ...] = ()
+    """Weights of the anchor to evaluate at."""
+    protocols: tuple[str, ...] = ()
+    """Published protocols such as ucf101/EP1, or JSON files of your own, in place of what the run was evaluated on."""
+    videos: dict[str, str] = field(default_factory=dict)
+    """Where the videos of each data set are: ucf101 FOLDER hmdb51 FOLDER, and so on; folders or URLs."""
+    lists: dict[str, str] = field(default_factory=dict)
+    """Where the lists of each data set are that a protocol needs."""
+    unreadable: Literal["wrong", "left-out"] | None = None
+    """What a video is that can't be read: a wrong answer, or no part of the set."""
+    batch_size: int | None = None
+    """Videos at a time."""
+    workers: int | None = None
+    """Processes that decode videos."""
+    time_limit_s: float | None = None
+    """Seconds that reading one video may take."""
+
+    def applied(self, config: Config) -> Config:
+        """The run's configuration with what was given."""
+
+        def given(*names: str) -> dict[str, object]:
+            return {name: getattr(self, name) for name in names if getattr(self, name) not in (None, (), {})}
+
+        names = ("anchor_weight", "anchor_weights", "protocols", "videos", "lists", "unreadable", "batch_size")
+        data = given("workers", "time_limit_s") | ({"test": ()} if self.protocols else {})
+        return replace(
+            config, evaluation=replace(config.evaluation, **given(*names)), data=replace(config.data, **data)
+        )
+
+
+def evaluate_run(run: Path, options: OfRun) -> None:
+    """Evaluate a run's averaged weights again; its report is written anew.
+
+    Raises:
+        FileNotFoundError: There is no run, or it has no averaged weights yet.
+        WeightMismatchError: The pretrained weights are not those that the run started from.
+    """
+    from applications.openvclip import build
+    from applications.openvclip.commands.report import alone_in, report
+    from applications.openvclip.ranges import check, evaluation_ranges
+    from applications.openvclip.runs.folder import RunFolder
+    from applications.openvclip.runs.weights import fingerprint, load_weights
+    from interpolate import WeightMismatchError
+
+    folder = RunFolder(run)
+    config = options.applied(from_dict(folder.read_settings()))
+    check(evaluation_ranges(config))
+    if not folder.averaged.exists():
+        raise FileNotFoundError(f"{folder.path} has no {folder.averaged.name}: its training has not ended.")
+    source = build.clip(config.model)
+    anchor = build.anchor(source)
+    whole, metadata = load_weights(folder.averaged)
+    theta = {name: whole[name] for name in anchor}
+    if metadata["anchor"] != fingerprint(anchor):
+        raise WeightMismatchError(
+            f"{folder.averaged} was trained from other pretrained weights than {config.model.name} "
+            f"{config.model.pretrained or ''} holds now (fingerprint {metadata['anchor']}, now {fingerprint(anchor)})."
+        )
+    evaluation = build.evaluation(source, config, build.protocols(config, json.loads(metadata["classes"])))
+    with alone_in(folder):
+        report(folder, evaluation(anchor, theta, folder.logits), to_dict(config))
