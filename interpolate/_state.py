@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from interpolate.atomic import replacing
 from interpolate.errors import CheckpointError
@@ -55,7 +56,7 @@ def load_state(folder: str, state: dict[str, Any]) -> None:
         raise CheckpointError(f"{folder} holds no whole state of a training: {error}.") from error
     with _alone_is_meant():
         reader = dcp.HuggingFaceStorageReader(folder)
-        shapes = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}
+        shapes = {name: tuple(entry.size) for name, entry in _tensors_in(reader)}
         unlike = {name for name in tensors.keys() | shapes.keys() if tuple(_shape(tensors, name)) != shapes.get(name)}
         if unlike := sorted(unlike | (values.keys() ^ saved.keys())):
             raise CheckpointError(
@@ -69,6 +70,12 @@ def load_state(folder: str, state: dict[str, Any]) -> None:
         for parent in parents:
             place = place[parent]
         place[last] = value
+
+
+def _tensors_in(reader: dcp.HuggingFaceStorageReader) -> Iterator[tuple[str, TensorStorageMetadata]]:
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)  # safetensors hold nothing else
+        yield name, entry
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | str:
