@@ -12,7 +12,7 @@ from torch import Tensor
 
 from interpolate._operations import Recipe
 from interpolate._tensors import same_bits
-from interpolate.weights import mixing_precision
+from interpolate.weights import listed, mixing_precision
 
 
 @dataclass
@@ -70,6 +70,8 @@ class Report:
             total = math.hypot(*(t.distance or 0 for t in known))
             furthest = ", ".join(f"{t.name} ({t.distance:.4g})" for t in known[:3])
             lines[-1] += f"; distance of the inputs {total:.4g}, most in {furthest}"
+        if self.recipe is None and (differing := [t.name for t in self.tensors if t.differs]):
+            lines.append(f"{len(differing)} tensors differ in dtype or bits: {listed(differing)}")
         lines += [
             f"{t.name}: {t.not_finite} values are nan or infinite in the inputs" for t in self.tensors if t.not_finite
         ]
@@ -85,7 +87,7 @@ class Comparison:
 
     def __init__(self, found: TensorReport) -> None:
         self.found = found
-        self._squares: list[float] = []
+        self._totals: list[float] = []
 
     def add(self, first: Tensor, others: list[Tensor]) -> None:
         """Look at a piece in the first input and in the others."""
@@ -96,10 +98,10 @@ class Comparison:
         if not all(map(math.isfinite, distances)) or not others:
             found.not_finite += sum(map(_count_not_finite, (first, *others)))
             distances = [_distance(first, other, but_for_equals=True) for other in others]
-        self._squares = self._squares or [0.0] * len(others)
-        self._squares = [square + distance**2 for square, distance in zip(self._squares, distances, strict=True)]
-        total = max(self._squares, default=math.nan)
-        found.distance = total**0.5 if math.isfinite(total) else None
+        self._totals = self._totals or [0.0] * len(others)
+        self._totals = [math.hypot(*pair) for pair in zip(self._totals, distances, strict=True)]  # squares may overflow
+        total = max(self._totals, default=math.nan)
+        found.distance = total if math.isfinite(total) else None
 
 
 def as_json(found: Any) -> str:

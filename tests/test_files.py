@@ -190,6 +190,30 @@ def test_slices_are_compared(pair: Path, size: int):
     assert diff("a.pt", "b.pt").differs == bool(size)
 
 
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (torch.tensor([2**53]), torch.tensor([2**53 + 1])),
+        (torch.tensor([True]), torch.tensor([False])),
+        (torch.tensor([0.0]), torch.tensor([-0.0])),
+        (torch.ones(1), torch.ones(1).half()),
+    ],
+)
+def test_the_text_names_what_differs_at_no_distance_of_weights(pair: Path, a: Tensor, b: Tensor):
+    save_file({"w": a, "v": torch.ones(1)}, "a.safetensors")
+    save_file({"w": b, "v": torch.ones(1)}, "b.safetensors")
+    assert "1 tensors differ in dtype or bits: w" in str(diff("a.safetensors", "b.safetensors"))
+    assert "differ in" not in str(diff("a.safetensors", "a.safetensors"))
+
+
+def test_distances_beyond_what_can_be_squared_are_told(pair: Path):
+    save_file({"w": torch.tensor([1e200], dtype=torch.float64)}, "a.safetensors")
+    save_file({"w": torch.tensor([-1e200], dtype=torch.float64)}, "b.safetensors")
+    assert diff("a.safetensors", "b.safetensors").tensors[0].distance == 2e200
+    patch_files("a.safetensors", "b.safetensors", "out.safetensors", anchor_weight=0.5)
+    assert load_file("out.safetensors")["w"] == 0
+
+
 def test_the_same_nan_does_not_differ(pair: Path):
     saved(a=torch.tensor([torch.nan, torch.inf]), b=torch.tensor([torch.nan, torch.inf]))
     (found,) = diff("a.pt", "b.pt").tensors
