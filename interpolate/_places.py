@@ -135,6 +135,7 @@ def in_folder(path: str) -> str:
     names = sorted(posixpath.basename(name.rstrip("/")) for name in fs.ls(target, detail=False))
     for pattern in _IN_FOLDERS:
         found = [name for name in names if fnmatch(name, pattern)]
+        found += [name for name in names if name + INDEX in found]  # of shards and a whole file one may be stale
         if len(found) == 1:
             return f"{path.rstrip('/')}/{found[0]}"
         if found:

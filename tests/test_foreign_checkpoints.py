@@ -221,6 +221,16 @@ def test_a_folder_with_one_file_is_read_and_others_are_refused(tmp_path: Path):
         read(tmp_path)
 
 
+def test_shards_and_a_whole_file_in_one_folder_are_a_choice(tmp_path: Path):
+    """Readers disagree on which is meant; one is often left from before."""
+    save_in_shards(tmp_path / "a", 2, 1.0)
+    save_file({"w0": torch.zeros(2), "w1": torch.zeros(2)}, tmp_path / "a" / "model.safetensors")
+    both = r"holds several checkpoints \(model\.safetensors\.index\.json, model\.safetensors\); name one of them"
+    with pytest.raises(CheckpointError, match=both):
+        read(tmp_path / "a")
+    assert read(tmp_path / "a" / "model.safetensors.index.json")["w0"].sum() == 2
+
+
 def test_shards_that_hold_more_than_their_index_are_refused(tmp_path: Path):
     save_file(weights(), tmp_path / "a.safetensors")
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.bias": "a.safetensors"}}))
