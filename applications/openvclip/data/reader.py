@@ -18,7 +18,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.frame import PictureType
 
 from applications.openvclip.data.index import Index, Key, index_of
 from applications.openvclip.data.stream import (
@@ -128,8 +127,6 @@ class Reader:
             for frame in self._group(key, frozenset(missing)):
                 if frame.pts is None or frame.pts <= before or frame.interlaced_frame:
                     return found  # wrong time stamps; or two packets may be one frame
-                if frame.pts == key.pts and frame.pict_type != PictureType.I:
-                    return found  # a recovery point: what follows is whole only if decoding began before it
                 before = frame.pts
                 missing.discard(frame.pts)
                 if frame.pts in number and number[frame.pts] not in found:
