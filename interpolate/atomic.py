@@ -46,16 +46,22 @@ def replaced_path(path: str, folder: bool = False, last: str = "") -> Iterator[s
 
     Raises:
         FileNotFoundError: The folder in which the target is to stand does not exist.
+        OSError: It can't be written, or uploaded.
     """
     fs, target = fsspec.core.url_to_fs(path)
     if not isinstance(fs, LocalFileSystem):
         with _staging(_for_uploads()) as scratch:
             yield (temporary := _new(scratch, target, folder))
             names = sorted(os.listdir(temporary), key=lambda name: (name == last, name)) if folder else [""]
-            for name in names:
-                fs.put_file(os.path.join(temporary, name), f"{target}/{name}") if folder else fs.put_file(
-                    temporary, target
-                )
+            try:
+                for name in names:
+                    fs.put_file(os.path.join(temporary, name), f"{target}/{name}") if folder else fs.put_file(
+                        temporary, target
+                    )
+            except OSError:
+                raise
+            except Exception as error:  # packages of protocols have errors of their own, of credentials for instance
+                raise OSError(f"{path} can't be written to: {error}.") from error
         return
     target = os.path.realpath(target)
     parent = os.path.dirname(target)

@@ -90,3 +90,15 @@ def test_an_upload_is_prepared_where_tmpdir_says_and_its_index_comes_last(
         upload()
     assert uploaded == ["/cut/off/a"]
     assert os.listdir(tmp_path) == []
+
+
+def test_what_a_protocol_raises_at_an_upload_is_an_error_of_writing(monkeypatch: pytest.MonkeyPatch):
+    def put_file(*_, **__) -> None:
+        raise RuntimeError("Unable to locate credentials")  # botocore's is no OSError either
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "put_file", put_file)
+    with (
+        pytest.raises(OSError, match=r"memory://a\.pt can't be written to: Unable to locate credentials"),
+        replacing("memory://a.pt") as file,
+    ):
+        file.write(b"a")
