@@ -154,7 +154,7 @@ MUTANTS = [
     ("files.py", "os.path.relpath(path, folder) if folder else path", "path", FILES),
     ("files.py", "{**recipe, \"inputs\": [_seen_from(folder, path) for path in inputs]", "{**recipe, \"inputs\": inputs", FILES),
     ("patching.py", "sides=(sides[0], side))", ")", FILES),
-    ("reports.py", "found.differs |= not all(same_bits", "found.differs |= not all(torch.equal", FILES),
+    ("reports.py", "or not all(same_bits", "or not all(torch.equal", FILES),
     ("_tensors.py", "a.dtype is b.dtype and ", "", FILES),
     ("reports.py", "but_for_equals=True) for", "but_for_equals=False) for", FILES),
     ("reports.py", "        return tensor.to(torch.complex128)", "        return tensor.real.to(torch.float64)", FILES),
