@@ -162,6 +162,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
         f / "a.mkv", "libx265", pixel_format="yuv420p10le", options={"x265-params": "log-level=none"}
     ),
     "begins inside a group": begins_inside_a_group,
+    "no key frame": lambda f: remuxed(plain(f / "a.avi", "mpeg4", g="60"), f / "a.mkv", lambda i, _: i >= 3),
     "open groups, H.264": lambda f: plain(f / "a.mp4", options={"x264-params": "open-gop=1:keyint=12:bframes=3"}),
     "open groups, HEVC, cut": open_groups_cut,
     "recovery points instead of key frames": lambda f: plain(
