@@ -66,7 +66,6 @@ def run(config: Config) -> Run:
     source = clip(config.model)
     training_set = data_set(d.train, d.train_root, d.train_names, seed=config.seed)
     model = VideoEncoder(source.clip, edge=config.model.edge)
-    evaluated = evaluation(source, config, protocols(config, training_set.classes))
     if o.batch_size > len(training_set):
         raise ValueError(
             f"--optimization.batch-size: must be at most {len(training_set)}, the videos of {d.train}, "
@@ -75,6 +74,7 @@ def run(config: Config) -> Run:
     steps_per_epoch = len(training_set) // o.batch_size
     order = TrainingOrder(len(training_set), o.batch_size, config.seed, 0, o.epochs * steps_per_epoch)
     averaged = averager(config.method, model, config, steps_per_epoch)
+    evaluated = evaluation(source, config, protocols(config, training_set.classes))
     folder = RunFolder(config.output or new_path(config.recipe))
     journal = Journal(folder.journal)
     trainer = Trainer(
