@@ -113,13 +113,50 @@ def test_your_own_protocol_comes_from_a_file(tmp_path: Path) -> None:
     assert (protocol.sampling.frames, protocol.sampling.views, protocol.sampling.stride) == (4, 1, 16)
     assert (protocol.templates, protocol.top_k, protocol.unreadable) == (("a {}",), (1, 2), "left-out")
     for change, message in (
-        ({"part": []}, "unknown: part"),
         ({"parts": [{"source": "m.csv", "classes": ["yogi"]}]}, "'yogi' is not a class of m.csv; is 'yoga' meant"),
         ({"top_k": [5]}, "top-5 says nothing of 2 classes"),
     ):
         path.write_text(json.dumps(content | change))
         with pytest.raises(ValueError, match=message):
             named(str(path), {})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"part": []}, r"extra fields found \(part\) @ \$"),
+        ({"parts": [{"source": "m.csv", "class": ["yoga"]}]}, r"extra fields found \(class\) @ \$\.parts"),
+        ({"parts": [{"source": "m.csv", "classes": "yoga"}]}, r"list is expected, got 'yoga' @ \$\.parts\.classes"),
+        ({"parts": [{"source": "m.csv", "classes": [1]}]}, "str is expected, got 1"),
+        ({"parts": [{"source": "m.csv", "classes": ["dancing"]}]}, "has no video of its classes, dancing"),
+        ({"parts": [{}]}, r"required field missing @ \$\.parts\.source"),
+        ({"parts": ["m.csv"]}, "dict is expected, got 'm.csv'"),
+        ({"parts": {}}, "list is expected"),
+        ({"parts": []}, "at least one part, got 'mine' and 0"),
+        ({"name": 1}, r"str is expected, got 1 @ \$\.name"),
+        ({"name": ""}, "has a name and at least one part, got ''"),
+        ({"templates": "sports"}, "sports"),
+        ({"templates": 5}, "5"),
+        ({"sampling": {"frame": 8}}, r"extra fields found \(frame\) @ \$\.sampling"),
+        ({"sampling": {"frames": "8"}}, r"int is expected, got '8' @ \$\.sampling\.frames"),
+        ({"sampling": {"frames": 0}}, "frames, views and stride must be positive, got 0"),
+        ({"sampling": []}, r"dict is expected, got \[\] @ \$\.sampling"),
+        ({"top_k": 5}, r"list is expected, got 5 @ \$\.top_k"),
+        ({"top_k": ["1"]}, "int is expected, got '1'"),
+        ({"top_k": [0]}, r"top_k must be numbers from 1, got \[0\]"),
+        ({"top_k": []}, r"top_k must be numbers from 1, got \[\]"),
+        ({"closed": "no"}, r"bool is expected, got 'no' @ \$\.closed"),
+    ],
+)
+def test_a_protocols_file_is_taken_as_it_is_or_refused_with_the_field(
+    tmp_path: Path, change: dict, message: str
+) -> None:
+    write_manifest(tmp_path / "m.csv", [("a.mp4", "surfing"), ("b.mp4", "archery"), ("c.mp4", "yoga")])
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"name": "mine", "parts": [{"source": "m.csv"}]} | change))
+    with pytest.raises(ValueError, match=message) as refused:
+        named(str(path), {})
+    assert str(refused.value).count("\n") == 0
 
 
 def test_a_class_without_a_video_competes(tmp_path: Path) -> None:

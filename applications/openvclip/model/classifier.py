@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -18,15 +19,19 @@ def class_embeddings(clip: CLIP, tokenizer: Tokenizer, classes: Sequence[str], t
     The text tower is frozen, so this is computed once per label set.
 
     Raises:
-        ValueError: No class or no template, a class given twice, or a template without "{}".
+        ValueError: No class or no template, a class given twice, or a template that has not one "{}".
     """
     if not classes or not templates:
         raise ValueError(f"a classifier needs classes and templates, got {len(classes)} and {len(templates)}.")
     repeated = [name for name, count in Counter(classes).items() if count > 1]
     if repeated:
         raise ValueError(f"{len(repeated)} classes are given more than once: {', '.join(map(repr, repeated[:3]))}.")
-    empty = [template for template in templates if "{}" not in template]
-    if empty:
-        raise ValueError(f"the template {empty[0]!r} has no '{{}}' for the name of the class.")
+    unfit = [
+        template for template in templates if len(template.split("{}")) != 2 or len(re.findall("[{}]", template)) != 2
+    ]
+    if unfit:
+        raise ValueError(
+            f"the template {unfit[0]!r} must have one '{{}}', for the name of the class, and no other brace."
+        )
     device = clip.logit_scale.device
     return open_clip.build_zero_shot_classifier(clip, tokenizer, classes, templates, 64, device).T.contiguous()

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Literal
 
-import cattrs
 import numpy as np
 
 from applications.openvclip.data import layouts, storage
@@ -18,6 +17,7 @@ from applications.openvclip.data.class_names import tidy
 from applications.openvclip.data.manifest import Manifest
 from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.model.prompts import ACTION_TEMPLATES, TEMPLATES
+from applications.openvclip.runs.strict import structured
 from applications.openvclip.runs.texts import json_object
 
 Unreadable = Literal["wrong", "left-out"]
@@ -42,7 +42,13 @@ class Protocol:
     """Whether the classes are those of training; no part of the hash."""
 
     def __post_init__(self) -> None:
+        if not self.name or not self.parts:
+            raise ValueError(f"a protocol has a name and at least one part, got {self.name!r} and {len(self.parts)}.")
+        if not self.top_k or min(self.top_k) < 1:
+            raise ValueError(f"{self.name}: top_k must be numbers from 1, got {list(self.top_k)}.")
         for part in self.parts:
+            if not len(part):
+                raise ValueError(f"{self.name}: {part.name} has no video of its classes, {', '.join(part.classes)}.")
             if max(self.top_k) > len(part.classes):
                 raise ValueError(
                     f"{self.name}: top-{max(self.top_k)} says nothing of {len(part.classes)} classes ({part.name})."
@@ -117,6 +123,24 @@ def named(
     return Protocol(name, parts, top_k=top_k, unreadable=unreadable, closed=name.endswith("/closed"))
 
 
+@dataclass(frozen=True)
+class _PartOfFile:
+    source: str
+    root: str | None = None
+    names: str | None = None
+    classes: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str
+    parts: tuple[_PartOfFile, ...]
+    templates: Literal["actions", "objects"] | tuple[str, ...] = "actions"
+    sampling: Sampling = field(default_factory=Sampling)
+    top_k: tuple[int, ...] = (1,)
+    closed: bool = False
+
+
 def read_protocol(source: str, unreadable: Unreadable = "wrong", built_in: BuiltIn = no_file) -> Protocol:
     """Your own protocol, as JSON.
 
@@ -129,34 +153,24 @@ def read_protocol(source: str, unreadable: Unreadable = "wrong", built_in: Built
     Raises:
         ValueError: A field is unknown or of another kind, or a part has no class that is asked for.
     """
-    content = json_object(storage.read_text(source), source)
-    unknown = content.keys() - {"name", "parts", "templates", "sampling", "top_k", "closed"}
-    if unknown or not {"name", "parts"} <= content.keys():
-        raise ValueError(f"{source}: name and parts are required; unknown: {', '.join(unknown) or 'nothing'}.")
+    file = structured(json_object(storage.read_text(source), source), _File, source)
     folder = storage.parent(source)
     parts = []
-    for i, part in enumerate(content["parts"]):
-        read = {key: storage.join(folder, part[key]) for key in ("source", "root", "names") if key in part}
-        name_of_part = f"{content['name']}/{i}"
-        manifest = built_in(part["source"]) if "source" in part else None
+    for i, part in enumerate(file.parts):
+        root, names = (value and storage.join(folder, value) for value in (part.root, part.names))
+        name_of_part = f"{file.name}/{i}"
+        manifest = built_in(part.source)
         if manifest is None:
-            manifest = layouts.read_dataset(**read, name=name_of_part)
-        classes = [c if c in manifest.classes else tidy(c) for c in part.get("classes", manifest.classes)]
+            manifest = layouts.read_dataset(storage.join(folder, part.source), root, names, name=name_of_part)
+        asked = manifest.classes if part.classes is None else part.classes
+        classes = [c if c in manifest.classes else tidy(c) for c in asked]
         not_asked = [c for c in manifest.classes if c not in classes]
         for name in classes:  # one without a video competes as the others do, unless it is a slip of the pen
             if name not in manifest.classes and (near := difflib.get_close_matches(name, not_asked, 1, cutoff=0.7)):
-                raise ValueError(f"{source}: {name!r} is not a class of {part['source']}; is {near[0]!r} meant?")
+                raise ValueError(f"{source}: {name!r} is not a class of {part.source}; is {near[0]!r} meant?")
         parts.append(manifest.of_classes(classes, name_of_part))
-    templates = content.get("templates", "actions")
-    return Protocol(
-        content["name"],
-        tuple(parts),
-        TEMPLATES[templates] if isinstance(templates, str) else tuple(templates),
-        cattrs.Converter(forbid_extra_keys=True).structure(content.get("sampling", {}), Sampling),
-        tuple(content.get("top_k", (1,))),
-        unreadable,
-        content.get("closed", False) is True,
-    )
+    templates = TEMPLATES[file.templates] if isinstance(file.templates, str) else file.templates
+    return Protocol(file.name, tuple(parts), templates, file.sampling, file.top_k, unreadable, file.closed)
 
 
 def halves(manifest: Manifest, *, seed: int, n: int = 10) -> tuple[Manifest, ...]:
