@@ -30,6 +30,8 @@ def test_a_class_embedding_is_the_normalised_mean_over_templates(source) -> None
         ([], ["a {}"], "got 0 and 1"),
         (["cloud", "cloud"], ["a {}"], "'cloud'"),
         (["cloud"], ["a {}", "a photo"], "'a photo'"),
+        (["cloud"], ["a {} in {}"], "'a {} in {}' must have one"),
+        (["cloud"], ["a {} of {size}"], "no other brace"),
     ],
 )
 def test_label_sets_that_make_no_sense_are_refused(source, classes, templates, message) -> None:

@@ -214,6 +214,8 @@ def test_names_of_numbers_are_given_in_any_of_the_usual_files(tmp_path: Path, na
         ("a/x.mp4 0\nb/y.mp4 1\n./a/x.mp4 1\n", r"\./a/x\.mp4 is '0' in line 1 and '1' in line 3; a video has one"),
         ("x.mp4\n", r"line 1: 'x\.mp4' has no label and no folder that names its class"),
         (b"a/x.mp4 0\ncaf\xe9/y.mp4 1\n", r"line 2: byte 0xe9 is not utf-8\. Save the file as UTF-8"),
+        ("a/x.mp4,wave,train\n", r"line 1: after a/x\.mp4 stand several fields, 'wave,train'.*quotation marks"),
+        ("a/x.mp4\twave\t7.5\n", r"line 1: after a/x\.mp4 stand several fields"),
         ("", r"there is no video in it"),
     ],
 )
@@ -258,6 +260,28 @@ def test_linked_folders_and_odd_names_are_read(tmp_path: Path) -> None:
         "a#b/12:30:00.mp4", "a#b/x::y.mp4", "100%/~z.MP4", "100%/gone.mp4", "über/é.mp4", "linked/v.mp4"
     }  # fmt: skip
     assert set(manifest.classes) == {"a#b", "100%", "über", "linked"}
+
+
+def test_videos_of_every_suffix_count_and_what_is_left_out_is_said(tmp_path: Path) -> None:
+    tree = touch(
+        tmp_path / "tree", "wave/00001.MTS", "jump/b.m2ts", "spin/c.gif", "walk/d.mp4", "walk/d.json", "readme"
+    )
+    manifest = read_dataset(str(tree))
+    assert set(manifest.classes) == {"wave", "jump", "spin", "walk"}
+    assert "without 2 files that are no videos by their suffix, as readme" in manifest.reading
+    assert rows(listed(tmp_path, "a/x.mts,wave\nb/y.gif,spin\n")) == [("a/x.mts", "wave"), ("b/y.gif", "spin")]
+
+
+def test_training_and_test_sets_that_are_read_together_are_said_to_be(tmp_path: Path) -> None:
+    manifest = read_dataset(str(touch(tmp_path / "k400", "train/wave/a.mp4", "val/wave/b.mp4")))
+    assert "of the sets train, val together" in manifest.reading
+
+
+def test_a_set_in_the_working_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path / "mine", "wave/a.mp4", "jump/b.mp4")
+    (tmp_path / "mine" / "list.csv").write_text("wave/a.mp4,wave\n")
+    monkeypatch.chdir(tmp_path / "mine")
+    assert [read_dataset(source).name for source in ("list.csv", "./list.csv", ".", "../mine")] == ["mine"] * 4
 
 
 def test_folders_that_may_be_groups_or_classes_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 from collections import defaultdict
 from collections.abc import Collection
@@ -68,9 +69,11 @@ def class_folders(root: str) -> Manifest:
     Raises:
         ValueError: A video lies in no folder, or in several, any of which could be its class.
     """
-    rows, above = [], set()
+    rows, above, others = [], set(), []
     for path in storage.list_files(root):
-        if PurePosixPath(path).suffix.lower() in VIDEO_SUFFIXES:
+        if PurePosixPath(path).suffix.lower() not in VIDEO_SUFFIXES:
+            others.append(path)
+        else:
             *outer, _ = path.split("/")
             if not outer:
                 raise ValueError(
@@ -86,7 +89,12 @@ def class_folders(root: str) -> Manifest:
             f"{root}: {path} may be of class {folder!r}, its own folder, or of {outer!r}, the one above. "
             "Give the folder that holds the class folders and nothing else, or a list of path and class."
         )
-    return _tidied(root, root, rows, "folders named after their classes")
+    understood = "folders named after their classes"
+    if len(above) > 1:
+        understood += f", of the sets {', '.join(sorted(above))} together"
+    if others:
+        understood += f", without {len(others)} files that are no videos by their suffix, as {others[0]}"
+    return _tidied(root, root, rows, understood)
 
 
 def read_list(source: str, root: str, names: str | None = None) -> Manifest:
@@ -240,5 +248,5 @@ def _tidied(source: str, root: str, rows: list[tuple[str, str]], understood: str
 
 
 def _folder_name(source: str) -> str:
-    path = PurePosixPath(source)
+    path = PurePosixPath(source if storage.is_url(source) else os.path.abspath(source))  # "." has a name, too
     return path.parent.name if path.suffix else path.name

@@ -12,9 +12,13 @@ from typing import NamedTuple
 
 from applications.openvclip.data import storage
 
-VIDEO_SUFFIXES = frozenset(
-    (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv")
-)
+# fmt: off
+VIDEO_SUFFIXES = frozenset((
+    ".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".m2ts",
+    ".m2v", ".m4v", ".mkv", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mts", ".mxf",
+    ".ogm", ".ogv", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv", ".y4m",
+))
+# fmt: on
 
 _LINE = re.compile(
     rf"(?P<path>.*({'|'.join(re.escape(suffix) for suffix in sorted(VIDEO_SUFFIXES))}))([,;\t ]\s*(?P<label>.*))?", re.I
@@ -148,6 +152,11 @@ def _lines(text: str, source: str) -> Iterator[Row]:
             )
         if label and len(label) > 1 and label[0] == label[-1] == '"':
             label = label[1:-1].replace('""', '"')
+        elif label and (separator := line[len(found["path"])]) != " " and separator in label:
+            raise ValueError(
+                f"{source}, line {number}: after {found['path']} stand several fields, {label!r}. Leave the class "
+                "alone, put it into quotation marks if all of it is the name, or name the columns in a first line."
+            )
         yield Row(found["path"], label or None, number)
 
 

@@ -26,9 +26,7 @@ def class_embeddings(clip: CLIP, tokenizer: Tokenizer, classes: Sequence[str], t
     repeated = [name for name, count in Counter(classes).items() if count > 1]
     if repeated:
         raise ValueError(f"{len(repeated)} classes are given more than once: {', '.join(map(repr, repeated[:3]))}.")
-    unfit = [
-        template for template in templates if len(template.split("{}")) != 2 or len(re.findall("[{}]", template)) != 2
-    ]
+    unfit = [text for text in templates if "{}" not in text or len(re.findall("[{}]", text)) > 2]
     if unfit:
         raise ValueError(
             f"the template {unfit[0]!r} must have one '{{}}', for the name of the class, and no other brace."
