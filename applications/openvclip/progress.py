@@ -50,6 +50,7 @@ class _Lines(Progress):
         super().__init__(console=console, disable=True)
         self.unit = unit
         self._last = time.monotonic()
+        self._ended: set[TaskID] = set()
 
     def update(self, task_id: TaskID, **values: Any) -> None:
         super().update(task_id, **values)
@@ -61,8 +62,10 @@ class _Lines(Progress):
 
     def _say(self, task: Task) -> None:
         now = time.monotonic()
-        if now - self._last < _LINE_S and not task.finished:
+        if task.id in self._ended or (now - self._last < _LINE_S and not task.finished):
             return
+        if task.finished:
+            self._ended.add(task.id)
         self._last = now
         speed = f", {task.speed:.3g} {self.unit}/s" if task.speed else ""
         left = "" if task.time_remaining is None else f", {timedelta(seconds=int(task.time_remaining))} left"

@@ -75,6 +75,16 @@ def test_a_log_has_lines_with_what_is_done_how_fast_and_the_time_left(monkeypatc
     assert lines[0] == "fine-tuning, loss 29: 120 of 400 clips, 4 clips/s, 0:01:10 left"
 
 
+def test_the_last_line_of_a_log_is_said_once() -> None:
+    log = io.StringIO()
+    with progress.progress_bar(Console(file=log)) as bar:
+        task = bar.add_task("evaluating", total=2)
+        bar.advance(task, 2)
+        bar.advance(task, 0)  # what other processes have read meanwhile
+        bar.update(task, description="evaluating")
+    assert log.getvalue().count("2 of 2 videos") == 1
+
+
 def test_compare_without_results_or_with_something_else_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got none"):
         compare.compare(())
