@@ -25,6 +25,7 @@ def check(ranges: Iterable[Range]) -> None:
 def training_ranges(config: Config) -> Iterable[Range]:
     """Those of what only training needs."""
     o, a, r, v = config.optimization, config.averager, config.regularizer, config.augmentation
+    yield "seed", config.seed, "at least 0", config.seed >= 0
     yield "optimization.epochs", o.epochs, "at least 1", o.epochs >= 1
     yield "optimization.batch_size", o.batch_size, "at least 1", o.batch_size >= 1
     yield "optimization.learning_rate", o.learning_rate, "positive and finite", 0 < o.learning_rate < inf

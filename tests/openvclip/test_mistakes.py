@@ -31,6 +31,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         (["--evaluation.anchor-weights", "0", "nan"], "--evaluation.anchor-weights: must be in [0, 1], got nan"),
         (["--optimization.batch-size", "17"], "--optimization.batch-size: must be at most 16, the videos of"),
         (["--optimization.epochs", "0"], "--optimization.epochs: must be at least 1, got 0"),
+        (["--seed", "-1"], "--seed: must be at least 0, got -1"),
         (["--optimization.learning-rate", "nan"], "--optimization.learning-rate: must be positive and finite, got nan"),
         (["--regularizer.max-alpha", "1"], "--regularizer.max-alpha: must be in [0, 1), got 1"),
         (

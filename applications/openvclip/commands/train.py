@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def parse(arguments: Sequence[str]) -> Config:
     """A recipe by name (by default miniature), or the settings of a run to resume; fields overridden by options."""
-    resuming = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    resuming = argparse.ArgumentParser(prog="openvclip train", add_help=False, allow_abbrev=False)
     resuming.add_argument("--resume", type=Path)
     resumed, arguments = resuming.parse_known_args(arguments)
     if resumed.resume is not None:
