@@ -209,6 +209,12 @@ def _targets(module: nn.Module, weights: Weights) -> dict[str, Tensor]:
     unknown = [name for name in weights if name not in own]
     if unknown:
         raise WeightMismatchError(f"{len(unknown)} weights ({listed(unknown)}) are not in {type(model).__name__}.")
+    coded = [n for n in weights if own[n].is_floating_point() and not weights[n].is_floating_point()]
+    if coded:
+        raise WeightMismatchError(
+            f"{len(coded)} weights ({listed(f'{n}: {weights[n].dtype}' for n in coded)}) are not floating point, and "
+            "the module's are: quantised codes are no weights. Dequantise them first."
+        )
     return {name: own[name] for name in weights}
 
 

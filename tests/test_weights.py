@@ -151,3 +151,14 @@ def test_weights_are_loaded_into_and_patched_from_compiled_models_by_their_bare_
     assert model[0].weight.abs().max() == 0
     with pytest.raises(WeightMismatchError, match=r"1 weights \(_orig_mod\.0\.bias\) are not in"):
         load_weights(compiled, {"_orig_mod.0.bias": torch.zeros(2)})
+
+
+def test_codes_are_no_weights():
+    model = torch.nn.Linear(2, 1)
+    before = model.weight.detach().clone()
+    codes = {"weight": torch.ones(1, 2, dtype=torch.int8)}
+    with pytest.raises(WeightMismatchError, match=r"1 weights \(weight: torch\.int8\) are not floating point"):
+        load_weights(model, codes)
+    with pytest.raises(WeightMismatchError, match="quantised codes"), applied(model, codes):
+        pass
+    assert torch.equal(model.weight, before)
