@@ -13,7 +13,10 @@ import pytest
 from PIL import Image
 
 from applications.openvclip.data import decode
+from applications.openvclip.data.dataset import EvaluationViews
 from applications.openvclip.data.decode import Video, VideoReadError
+from applications.openvclip.data.sampling import Sampling
+from applications.openvclip.data.storage import Cache
 from tests.openvclip.files import numbered, numbers, ramp, write_video
 
 CODECS = [
@@ -248,3 +251,12 @@ def test_500_decodes_leak_no_memory(tmp_path: Path) -> None:
     for i in range(500):
         once(i)
     assert resident() - before < 20_000_000  # 500 of these videos' frames alone would be 90 MB
+
+
+def test_every_view_of_real_clips_is_read(real_videos: Path) -> None:
+    for path in sorted(p for p in real_videos.rglob("*") if p.suffix in (".avi", ".mp4", ".mkv", ".mov")):
+        if "corrupted" not in path.name:
+            for sampling in (Sampling(8, 16, 30, views=3), Sampling(8, sampler="slowfast-uniform", views=10)):
+                views, shortfall = EvaluationViews(sampling, 32, Cache())(str(path))
+                assert not shortfall, path
+                assert views.shape == (sampling.views, 3, 8, 32, 32), path

@@ -339,3 +339,20 @@ def test_the_frame_rate_is_that_of_the_time_stamps(tmp_path: Path) -> None:
     assert Video(timed(tmp_path / "film.mkv", [round(1001 * i / 24) for i in range(60)], 24)).frames_per_second == (
         pytest.approx(24000 / 1001, rel=1e-3)
     )
+
+
+def test_packed_b_frames_cut_into_another_container_keep_their_frames_and_their_rate(tmp_path: Path) -> None:
+    source, path = Path(__file__).parent / "videos" / "cartwheel.avi", tmp_path / "cut.mkv"
+    with stream_module.open_container(source) as given, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(given.streams.video[0])
+        for i, packet in enumerate(given.demux(given.streams.video[0])):
+            if i >= 5 and packet.dts is not None:  # inside the first group
+                packet.stream = stream
+                container.mux(packet)
+    with av.open(str(path)) as container:
+        whole = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    video = Video(path)
+    assert len(video) == len(whole)
+    assert video.frames_per_second == pytest.approx(30, rel=0.01)  # and not the 30,000 of the header
+    for i in (0, 1, 7, len(whole) - 1):
+        assert np.array_equal(Video(path).frames([i])[0], whole[i])

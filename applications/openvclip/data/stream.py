@@ -110,11 +110,12 @@ def frame_rate(stream: VideoStream, times: Sequence[int | None]) -> float:
     The mean, without what takes ten times the usual step or more: a picture that is held is no frame rate. What the
     file claims is exact where the time stamps agree with it (they are rounded, and one may be left out), and wrong
     where they do not: 1000 in recordings of browsers, 90,000, 1.2 for a last picture that is held. It is all there is
-    where frames carry no time stamps.
+    where most frames carry no time stamps.
     """
     claimed = float(stream.average_rate or stream.guessed_rate or 0)
-    steps = np.diff(np.array(times, np.float64))  # None becomes nan
-    if len(steps) and (steps > 0).all() and stream.time_base is not None:
+    steps = np.diff(np.sort(np.array(times, np.float64)))  # None becomes nan; packed B-frames swap their stamps
+    steps = steps[steps > 0]
+    if 2 * len(steps) >= len(times) > 1 and stream.time_base is not None:
         usual = float(steps[steps < 10 * np.median(steps)].mean())
         counted = 1 / (usual * float(stream.time_base))
         return claimed if abs(claimed - counted) < 0.02 * counted else counted
