@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from interpolate import files
+from interpolate import files, inspection
 from interpolate._operations import Ratio
 from interpolate.patching import patch, weights_of
 from interpolate.path import PathValues, greedy_soup
@@ -171,7 +171,7 @@ def _path(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    report = files.inspect(options.checkpoint)
+    report = inspection.inspect(options.checkpoint)
     if not options.json:
         for tensor in report.tensors:
             print(f"{tensor.dtype:>9}  {tensor.shape!s:20} {tensor.name}")
@@ -179,13 +179,13 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    report = files.diff(*options.checkpoints)
+    report = inspection.diff(*options.checkpoints)
     _show(options, report)
     return int(report.differs)
 
 
 def _verify(options: argparse.Namespace) -> int:
-    problems = files.verify(options.checkpoint)
+    problems = inspection.verify(options.checkpoint)
     print(as_json({"problems": problems}) if options.json else "\n".join(problems) or "as its recipe says")
     return int(bool(problems))
 

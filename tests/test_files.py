@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from interpolate import CheckpointError, WeightMismatchError, average_files, patch, patch_files, uniform_soup
 from interpolate.checkpoints import CHUNK, Checkpoint
-from interpolate.files import diff, inspect, mix_files, verify
+from interpolate.files import mix_files
+from interpolate.inspection import diff, inspect, verify
 from interpolate.patching import mix
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from interpolate import CheckpointError, average_files, patch_files
 from interpolate.checkpoints import Checkpoint
-from interpolate.files import verify
+from interpolate.inspection import verify
 
 
 def weights(seed: int = 0) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from interpolate import average_files, patch, patch_files
-from interpolate.files import diff, inspect, verify
+from interpolate.inspection import diff, inspect, verify
 
 Weights = dict[str, Tensor]
 

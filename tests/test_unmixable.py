@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from interpolate import WeightMismatchError, average_files, patch, patch_files, slerp, task_arithmetic, uniform_soup
 from interpolate._unmixable import adapter_factors, check_mixable, quantised
-from interpolate.files import diff, inspect
+from interpolate.inspection import diff, inspect
 
 Weights = dict[str, Any]
 
