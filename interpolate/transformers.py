@@ -13,9 +13,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from interpolate._names import by_bare_name, unwrapped
 from interpolate._sharding import reshard
-from interpolate._state import load_state, save_state
 from interpolate.averaging import WeightAverager
 from interpolate.regularizer import InterpolatedWeightRegularizer
+from interpolate.state import load_state, save_state
 from interpolate.weights import load_weights, trainable_weights
 
 

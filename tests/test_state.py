@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from interpolate import CheckpointError, EMAAverager, InterpolatedWeightRegularizer, LAWAAverager, SWAAverager
-from interpolate._state import load_state, save_state
+from interpolate.state import load_state, save_state
 
 
 def trained(make):

@@ -1,16 +1,14 @@
 """The trainer of Hugging Face on two ranks, with DDP and with weights sharded by FSDP2."""
 
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from random_modules import identical
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from two_ranks import WORLD_SIZE, on_two_ranks
+from two_ranks import WORLD_SIZE, on_two_ranks, shared_folder
 
 from interpolate import InterpolatedWeightRegularizer, SWAAverager
 from interpolate._names import unwrapped
@@ -30,13 +28,6 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 def mean(snapshots: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {n: torch.stack([snapshot[n] for snapshot in snapshots]).mean(0) for n in snapshots[0]}
-
-
-def shared_folder() -> Path:
-    """One folder for both ranks."""
-    folders = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(folders)
-    return Path(folders[0])
 
 
 def as_launched(rank: int) -> None:

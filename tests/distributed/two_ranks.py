@@ -3,6 +3,7 @@
 import inspect
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -43,6 +44,13 @@ def outcomes(claims: list[Claim], folder: Path) -> dict[str, str]:
         (folder / claim.__name__).write_text("")
     mp.spawn(_rank, (claims, str(folder)), nprocs=WORLD_SIZE)
     return {claim.__name__: (folder / claim.__name__).read_text() for claim in claims}
+
+
+def shared_folder() -> Path:
+    """One folder for both ranks."""
+    folders = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(folders)
+    return Path(folders[0])
 
 
 def _rank(rank: int, claims: list[Claim], folder: str) -> None:
