@@ -29,6 +29,7 @@ FILES = "tests/test_files.py"
 UNMIXABLE = "tests/test_unmixable.py"
 PATH = "tests/test_path.py"
 CLI = "tests/test_cli.py"
+KERNELS = "tests/test_kernels.py"
 
 MUTANTS = [
     # file, line or part of it, what it becomes, tests
@@ -88,6 +89,14 @@ MUTANTS = [
     ("_isolation.py", "self._copies[id(value)] = copy = value.copy()", "copy = value.copy()", ISOLATION),
     ("_sharding.py", "module.reshard()", "pass", FSDP2),
     ("_names.py", "if part not in _WRAPPERS", "", NAMES),
+    ("kernels.py", "min(-(self.exponent + 1) *", "min(-self.exponent *", KERNELS),
+    ("kernels.py", "i, p = _numbers(n), self.exponent + 1", "i, p = _numbers(n), self.exponent", KERNELS),
+    ("kernels.py", "(1 - decays).log() - decays.log().cumsum(0)", "-decays.log().cumsum(0)", KERNELS),
+    ("kernels.py", "self._rate * (n - 1))", "self._rate * n)", KERNELS),
+    ("kernels.py", "(_numbers(n) - 0.5) / self.total", "(_numbers(n) - 0.5) / n", KERNELS),
+    ("kernels.py", "logarithms[:-1].logsumexp(0)", "logarithms.logsumexp(0)", KERNELS),
+    ("kernels.py", "        if n > self.total:", "        if False:", KERNELS),
+    ("kernels.py", "n / (9 + n)", "n / (10 + n)", KERNELS),
     ("weights.py", "p.requires_grad and p.is_floating_point()", "p.requires_grad", REGULARIZER),
     ("weights.py", "        _overwrite({name: targets[name] for name in backup}, {}, backup)\n", "", "tests/test_weights.py"),
     ("weights.py", "    torch.clear_autocast_cache()", "    pass", "tests/test_weights.py"),
