@@ -55,25 +55,15 @@ def evaluate_run(run: Path, options: OfRun) -> None:
     """
     from applications.openvclip import build
     from applications.openvclip.commands.report import alone_in, report
+    from applications.openvclip.inference import loading
     from applications.openvclip.ranges import check, evaluation_ranges
     from applications.openvclip.runs.folder import RunFolder
-    from applications.openvclip.runs.weights import fingerprint, load_weights
-    from interpolate import WeightMismatchError
 
     folder = RunFolder(run)
     config = options.applied(from_dict(folder.read_settings()))
     check(evaluation_ranges(config))
-    if not folder.averaged.exists():
-        raise FileNotFoundError(f"{folder.path} has no {folder.averaged.name}: its training has not ended.")
-    source = build.clip(config.model)
-    anchor = build.anchor(source)
-    whole, metadata = load_weights(folder.averaged)
-    theta = {name: whole[name] for name in anchor}
-    if metadata["anchor"] != fingerprint(anchor):
-        raise WeightMismatchError(
-            f"{folder.averaged} was trained from other pretrained weights than {config.model.name} "
-            f"{config.model.pretrained or ''} holds now (fingerprint {metadata['anchor']}, now {fingerprint(anchor)})."
-        )
-    evaluation = build.evaluation(source, config, build.protocols(config, json.loads(metadata["classes"])))
+    loaded = loading.of_run(folder)
+    classes = json.loads(loaded.metadata["classes"])
+    evaluation = build.evaluation(loaded.source, config, build.protocols(config, classes))
     with alone_in(folder):
-        report(folder, evaluation(anchor, theta, folder.logits), to_dict(config))
+        report(folder, evaluation(loaded.anchor, loaded.theta, folder.logits), to_dict(config))

@@ -37,7 +37,7 @@ def evaluate_weights(options: OfWeights) -> None:
 
     from applications.openvclip import build
     from applications.openvclip.commands.report import alone_in, report
-    from applications.openvclip.model import pretrained
+    from applications.openvclip.inference import loading
     from applications.openvclip.ranges import check, evaluation_ranges
     from applications.openvclip.runs.folder import RunFolder
 
@@ -46,20 +46,12 @@ def evaluate_weights(options: OfWeights) -> None:
     data = DataConfig(workers=options.workers, time_limit_s=options.time_limit_s)
     config = Config("evaluation", model=options.model, data=data, evaluation=options.evaluation)
     check(evaluation_ranges(config))
-    source = build.clip(config.model)
-    theta = None
-    if options.weights is not None:
-        found = pretrained.read_file(options.weights)
-        theta = {
-            name: tensor
-            for name, tensor in found.weights.items()
-            if name.startswith("visual.") or name == "logit_scale"
-        }
-        if found.form == "Open-VCLIP" and config.model.edge != "zero":
-            config = replace(config, model=replace(config.model, edge="zero"))
-            told = f"{options.weights} is a checkpoint of the published code: evaluated with edge=zero."
-            Console().print(told, soft_wrap=True)
-    evaluation = build.evaluation(source, config, build.protocols(config, ()))
+    loaded = loading.of_file(options.weights, config.model) if options.weights else loading.of_model(config.model)
+    if loaded.model != config.model:
+        told = f"{options.weights} is a checkpoint of the published code: evaluated with edge={loaded.model.edge}."
+        Console().print(told, soft_wrap=True)
+        config = replace(config, model=loaded.model)
+    evaluation = build.evaluation(loaded.source, config, build.protocols(config, ()))
     folder = RunFolder(options.output)
     with alone_in(folder):
-        report(folder, evaluation(build.anchor(source), theta, folder.logits), to_dict(config))
+        report(folder, evaluation(loaded.anchor, loaded.theta, folder.logits), to_dict(config))

@@ -68,8 +68,15 @@ class VideoEncoder(nn.Module):
         Returns:
             (B, K). Linear in the similarities, so views add up and a subset of classes is a selection of columns.
         """
-        frame_embeddings = F.normalize(self.encode(video), dim=-1)
-        return self.logit_scale.exp() * frame_embeddings.mean(dim=1) @ class_embeddings.T
+        return self.logits(self.embed(video), class_embeddings)
+
+    def embed(self, video: Tensor) -> Tensor:
+        """The mean of the unit embeddings of a clip's frames: (B, 3, T, H, W) → (B, E), no longer of unit length."""
+        return F.normalize(self.encode(video), dim=-1).mean(dim=1)
+
+    def logits(self, embeddings: Tensor, class_embeddings: Tensor) -> Tensor:
+        """Embeddings of clips (B, E) and of classes (K, E) → (B, K)."""
+        return self.logit_scale.exp() * embeddings @ class_embeddings.T
 
     def _block(self, block: Any, x: Tensor, frames: int) -> Tensor:
         seen_together = frames if self.temporal else 1

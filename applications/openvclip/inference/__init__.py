@@ -1,0 +1,1 @@
+"""Using a model: what a video shows, in whatever words one asks."""

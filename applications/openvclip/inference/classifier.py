@@ -1,0 +1,201 @@
+"""A model at hand: a video and labels in words → probabilities, at any anchor weight."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from applications.openvclip.config import ModelConfig
+from applications.openvclip.data.dataset import EvaluationViews
+from applications.openvclip.data.sampling import Sampling
+from applications.openvclip.data.storage import Cache
+from applications.openvclip.data.transforms import Normalisation, normalised
+from applications.openvclip.inference.labels import Labels, LabelSet, label_set
+from applications.openvclip.inference.loading import Loaded, load
+from applications.openvclip.model.classifier import class_embeddings
+from applications.openvclip.model.temporal_attention import Edge
+from applications.openvclip.model.video_encoder import VideoEncoder
+from interpolate import load_weights, patch
+
+_KEPT_LABEL_SETS = 64
+
+
+class Classifier:
+    """Recognises what videos show among labels in words.
+
+    The anchor and the fine-tuned weights stay in memory: another `anchor_weight` is an interpolation, not a load.
+    Without fine-tuned weights it is the pretrained image model on every frame (CLIP*). Threads may share it.
+
+    Args:
+        loaded: A model (`loading.load`).
+        cache: For videos behind URLs.
+
+    Example:
+        >>> classifier = Classifier.load(model="miniature")
+        >>> classifier.embeddings_of(["square", "cloud"]).shape
+        torch.Size([2, 128])
+    """
+
+    def __init__(self, loaded: Loaded, cache: Cache | None = None) -> None:
+        source = loaded.source
+        self.loaded = loaded
+        self.views = EvaluationViews(loaded.sampling, source.image_size, cache or Cache())
+        """Reads a video's views by its path or URL; can be sent to other processes."""
+        self.templates = loaded.templates
+        self._normalisation = Normalisation(source.image_mean, source.image_std)
+        self._encoder = VideoEncoder(source.clip, temporal=loaded.theta is not None, edge=loaded.model.edge).eval()
+        self._theta = loaded.anchor if loaded.theta is None else _beside(loaded.anchor, loaded.theta)
+        self._embeddings: dict[tuple[LabelSet, tuple[str, ...]], Tensor] = {}
+        self._lock = threading.RLock()
+        self.anchor_weight = loaded.anchor_weight
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path | None = None,
+        *,
+        anchor_weight: float | None = None,
+        model: str | None = None,
+        pretrained: str | None = None,
+        edge: Edge = "mask",
+        sampling: Sampling | None = None,
+        templates: Sequence[str] | None = None,
+    ) -> Classifier:
+        """A classifier from a run, a file of weights, the hub, or of pretrained weights alone.
+
+        Args:
+            source: Folder of a run; a file of fine-tuned weights, or its URL, with `model` and `pretrained` for the
+                anchor; a model of the Hugging Face hub, as OWNER/NAME; or None, for the pretrained weights alone.
+            anchor_weight: Weight of the anchor, in [0, 1]; by default the run's, and 0.5 for a file.
+            model: The anchor's architecture: "miniature", or a name of open_clip. A run has its own.
+            pretrained: Its weights: a tag of open_clip or a file.
+            edge: What the first and last frame see (`VideoEncoder`); that of published checkpoints is found out.
+            sampling: Which frames are looked at; by default the run's, and the published sampling for a file.
+            templates: Sentences that labels are put into; by default the run's, and the published ones for a file.
+
+        Raises:
+            ValueError: `source` is a file and `model` is missing, or a setting is out of its range.
+        """
+        if model is None and source is None:
+            raise ValueError("a classifier needs a source or a model: Classifier.load(model='miniature') is the least.")
+        loaded = load(source, ModelConfig(model or "", pretrained, edge))
+        return cls(
+            replace(
+                loaded,
+                anchor_weight=loaded.anchor_weight if anchor_weight is None else anchor_weight,
+                sampling=sampling or loaded.sampling,
+                templates=loaded.templates if templates is None else tuple(templates),
+            )
+        )
+
+    @property
+    def anchor_weight(self) -> float:
+        """Weight of the anchor in the model, in [0, 1]: 0 is the fine-tuned weights. It can be set."""
+        return self._anchor_weight
+
+    @anchor_weight.setter
+    def anchor_weight(self, anchor_weight: float) -> None:
+        if self.loaded.theta is None and anchor_weight != 1:
+            raise ValueError(f"anchor_weight: there are no fine-tuned weights, so it is 1, got {anchor_weight}.")
+        with self._lock:
+            load_weights(self._encoder, patch(self.loaded.anchor, self._theta, anchor_weight=anchor_weight))
+            self._anchor_weight = anchor_weight
+
+    @contextmanager
+    def at(self, anchor_weight: float) -> Iterator[Classifier]:
+        """This classifier at another anchor weight for a `with` block, in which other threads wait.
+
+        Read videos (`views`) before it.
+        """
+        with self._lock:
+            before = self.anchor_weight
+            self.anchor_weight = anchor_weight
+            try:
+                yield self
+            finally:
+                self.anchor_weight = before
+
+    def classify(self, video: str | Path, labels: Labels) -> dict[str, float]:
+        """What a video shows: each label with its probability, best first. They sum to 1.
+
+        Args:
+            video: A file or URL.
+            labels: Names of classes; or, by class, the names by which it is to be known, of which the mean is taken.
+
+        Raises:
+            VideoReadError: The video can't be read; the message says why.
+            ValueError: A label set that is none.
+        """
+        classes = self.embeddings_of(labels)
+        return self.ranked(self.logits(self.embed(self.read(video)), classes), labels)
+
+    def features(self, video: str | Path) -> Tensor:
+        """The embedding of a video: (E,), of unit length, to be compared with those of texts and of other videos."""
+        return F.normalize(self.embed(self.read(video)).mean(dim=0), dim=0)
+
+    def read(self, video: str | Path) -> Tensor:
+        """The views of a video, as bytes: (V, 3, T, H, W) uint8."""
+        views, _ = self.views(str(video))
+        return torch.from_numpy(views)
+
+    @torch.inference_mode()
+    def embed(self, clips: Tensor) -> Tensor:
+        """Clips (B, 3, T, H, W) uint8 → the mean of the unit embeddings of each one's frames, (B, E).
+
+        Raises:
+            FloatingPointError: One is not finite.
+        """
+        with self._lock:
+            embeddings = self._encoder.embed(
+                normalised(clips.to(self._encoder.logit_scale.device), self._normalisation)
+            ).float()
+        if not embeddings.isfinite().all():
+            raise FloatingPointError("the embedding of a clip is not finite; look for nan or inf in the weights.")
+        return embeddings
+
+    @torch.inference_mode()
+    def logits(self, embeddings: Tensor, classes: Tensor) -> Tensor:
+        """Embeddings of clips (B, E) and classes (K, E) → logits (B, K), those of an evaluation."""
+        with self._lock:
+            return self._encoder.logits(embeddings, classes)
+
+    @torch.inference_mode()
+    def embeddings_of(self, labels: Labels) -> Tensor:
+        """The embeddings of labels, (K, E), of unit length; computed once for a label set."""
+        classes = label_set(labels)
+        key = classes, self.templates
+        with self._lock:
+            if key not in self._embeddings:
+                if len(self._embeddings) == _KEPT_LABEL_SETS:
+                    del self._embeddings[next(iter(self._embeddings))]
+                self._embeddings[key] = self._embedded(classes)
+            return self._embeddings[key]
+
+    def _embedded(self, classes: LabelSet) -> Tensor:
+        names = list(dict.fromkeys(name for _, names in classes for name in names))
+        source = self.loaded.source
+        embedded = class_embeddings(source.clip, source.tokenizer, names, self.templates)
+        of = dict(zip(names, embedded, strict=True))
+        several = [torch.stack([of[name] for name in names]) for _, names in classes]
+        # of one name its own embedding, bit for bit
+        return torch.stack([e[0] if len(e) == 1 else F.normalize(e.mean(dim=0), dim=0) for e in several])
+
+    @staticmethod
+    def ranked(logits: Tensor, labels: Labels) -> dict[str, float]:
+        """The logits (V, K) of a video's views → each label with its probability, best first."""
+        probabilities = logits.double().mean(dim=0).softmax(dim=0).tolist()
+        found = zip((label for label, _ in label_set(labels)), probabilities, strict=True)
+        return dict(sorted(found, key=lambda pair: -pair[1]))
+
+
+def _beside(anchor: dict[str, Tensor], theta: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Theta where the anchor is."""
+    device = next(iter(anchor.values())).device
+    return {name: tensor.to(device) for name, tensor in theta.items()}

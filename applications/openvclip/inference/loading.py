@@ -1,0 +1,135 @@
+"""Where a model comes from: a run, a file of weights, the hub, or pretrained weights alone."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from applications.openvclip import build
+from applications.openvclip.config import ModelConfig, from_dict
+from applications.openvclip.data.sampling import Sampling
+from applications.openvclip.model import pretrained
+from applications.openvclip.model.pretrained import PretrainedCLIP
+from applications.openvclip.model.prompts import ACTION_TEMPLATES, OBJECT_TEMPLATES, TEMPLATES
+from applications.openvclip.recipes import miniature
+from applications.openvclip.runs.folder import RunFolder
+from applications.openvclip.runs.weights import fingerprint, load_weights
+from interpolate import WeightMismatchError
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A pretrained CLIP, what was made of it, and how it is used."""
+
+    source: PretrainedCLIP
+    model: ModelConfig
+    anchor: dict[str, Tensor]
+    theta: dict[str, Tensor] | None
+    """The fine-tuned weights, not patched; None where there are none."""
+    anchor_weight: float
+    sampling: Sampling
+    templates: tuple[str, ...]
+    metadata: dict[str, str]
+    """Of the fine-tuned weights, as their run wrote it."""
+    folder: RunFolder | None = None
+    """Of the run, where it is one."""
+
+
+def load(source: str | Path | None, model: ModelConfig) -> Loaded:
+    """A model from wherever it is.
+
+    Args:
+        source: Folder of a run; or a file of fine-tuned weights, for which `model` names the anchor; or a model of the
+            Hugging Face hub as OWNER/NAME; or None, for the pretrained weights of `model` alone.
+        model: The anchor; of no account for a run, which has its own.
+
+    Raises:
+        FileNotFoundError: There is no such run or file.
+        RuntimeError: The hub can't be reached or has no such model.
+        ValueError: The file holds no weights of a CLIP.
+        WeightMismatchError: Anchor and fine-tuned weights don't go together.
+    """
+    if source is None:
+        return of_model(model)
+    if Path(source).is_dir() and RunFolder(Path(source)).config.exists():
+        return of_run(RunFolder(Path(source)))
+    if not Path(source).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+        return of_run(RunFolder(downloaded(str(source))))
+    return of_file(str(source), model)
+
+
+def of_run(folder: RunFolder) -> Loaded:
+    """The averaged weights of a run, and the anchor it started from."""
+    config = from_dict(folder.read_settings())
+    if not folder.averaged.exists():
+        raise FileNotFoundError(f"{folder.path} has no {folder.averaged.name}: its training has not ended.")
+    source = build.clip(config.model)
+    anchor = build.anchor(source)
+    whole, metadata = load_weights(folder.averaged)
+    if metadata["anchor"] != fingerprint(anchor):
+        raise WeightMismatchError(
+            f"{folder.averaged} was trained from other pretrained weights than {config.model.name} "
+            f"{config.model.pretrained or ''} holds now (fingerprint {metadata['anchor']}, now {fingerprint(anchor)})."
+        )
+    return Loaded(
+        source=source,
+        model=config.model,
+        anchor=anchor,
+        theta={name: whole[name] for name in anchor},
+        anchor_weight=config.evaluation.anchor_weight,
+        sampling=config.sampling,
+        templates=TEMPLATES[config.data.templates],
+        metadata=metadata,
+        folder=folder,
+    )
+
+
+def of_file(weights: str, model: ModelConfig) -> Loaded:
+    """Fine-tuned weights that no run of this program made. The published ones are known by their names, and need the
+    edge that they were trained with."""
+    found = pretrained.read_file(weights)
+    if not model.name:
+        raise ValueError(
+            f"{weights} holds fine-tuned weights alone; the anchor is needed, too, by model and pretrained."
+        )
+    loaded = of_model(model)
+    theta = {name: w for name, w in found.weights.items() if name.startswith("visual.") or name == "logit_scale"}
+    if found.form == "Open-VCLIP":
+        model = replace(model, edge="zero")
+    return replace(loaded, model=model, theta=theta, anchor_weight=0.5)
+
+
+def of_model(model: ModelConfig) -> Loaded:
+    """Pretrained weights alone."""
+    source = build.clip(model)
+    is_miniature = model.name == "miniature"
+    return Loaded(
+        source=source,
+        model=model,
+        anchor=build.anchor(source),
+        theta=None,
+        anchor_weight=1.0,
+        sampling=miniature().sampling if is_miniature else Sampling(),
+        templates=OBJECT_TEMPLATES if is_miniature else ACTION_TEMPLATES,
+        metadata={},
+    )
+
+
+def downloaded(name: str) -> Path:
+    """The folder of a model of the hub, which is that of a run.
+
+    Raises:
+        RuntimeError: It could not be had.
+    """
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name))
+    except Exception as error:  # the hub's client raises errors of its own, and of the libraries below it
+        raise RuntimeError(
+            f"{name} is no folder here, and no model of the Hugging Face hub that could be had "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})."
+        ) from error
