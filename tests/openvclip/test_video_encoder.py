@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from open_clip import CLIPTextCfg, CLIPVisionCfg
 from open_clip.model import CLIP
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from applications.openvclip.model.temporal_attention import temporal_attention
 from applications.openvclip.model.video_encoder import VideoEncoder
@@ -113,6 +114,20 @@ def test_parameters_are_those_of_open_clip() -> None:
     assert all(own[name] is theirs[name] for name in own)
 
 
+def test_the_clip_keeps_its_own_image_tower() -> None:
+    clip = small_clip()
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        before = clip.encode_image(images)
+        video = images.unsqueeze(0).transpose(1, 2)
+        temporal, per_frame = VideoEncoder(clip), VideoEncoder(clip, temporal=False)
+        features = [encoder.encode(video) for encoder in (temporal, per_frame, temporal)]
+        assert torch.equal(clip.encode_image(images), before)
+    assert torch.equal(features[0], features[2])
+    torch.testing.assert_close(features[1][0], before, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(features[0], features[1], rtol=1e-2)
+
+
 def test_logits_are_the_mean_over_frames_of_scaled_cosines() -> None:
     clip = small_clip()
     encoder = VideoEncoder(clip)
@@ -122,18 +137,21 @@ def test_logits_are_the_mean_over_frames_of_scaled_cosines() -> None:
         torch.testing.assert_close(encoder(video, classes), clip.logit_scale.exp() * cosines.mean(dim=1))
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
+def test_activation_checkpointing_keeps_less_and_changes_no_gradient() -> None:
     clip = small_clip()
-    encoder = VideoEncoder(clip).train()
     video, classes = torch.randn(2, 3, 3, 16, 16), torch.randn(7, 24)
-    gradients = []
-    for enabled in (False, True):
+    gradients, kept = [], []
+    for activation_checkpointing in (False, True):
+        encoder = VideoEncoder(clip, activation_checkpointing=activation_checkpointing).train()
+        saved: list[int] = []
         encoder.zero_grad()
-        clip.visual.set_grad_checkpointing(enabled)
-        encoder(video, classes).square().sum().backward()
+        with saved_tensors_hooks(lambda x, saved=saved: saved.append(x.nbytes) or x, lambda x: x):
+            encoder(video, classes).square().sum().backward()
         gradients.append([p.grad.clone() for p in encoder.parameters()])
+        kept.append(sum(saved))
     for plain, checkpointed in zip(*gradients, strict=True):
         assert torch.equal(plain, checkpointed)
+    assert kept[1] < kept[0] / 2
 
 
 @pytest.mark.parametrize(

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from einops import rearrange
 from open_clip.model import CLIP
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from applications.openvclip.model.temporal_attention import Edge, temporal_attention
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class VideoEncoder(nn.Module):
     """Scores clips against class embeddings with the weights of a CLIP.
 
     The parameters are the CLIP's own, not copies, under the names they have in open_clip (`visual.…`, `logit_scale`):
-    a checkpoint of one loads into the other.
+    a checkpoint of one loads into the other. The modules that hold them are the CLIP's too; the blocks around them are
+    not, so that the CLIP's own image tower stays what it is, and several encoders can share a CLIP.
 
     Source: Weng et al. 2023 (arXiv 2302.00624), eq. 2-3.
 
@@ -26,20 +31,26 @@ class VideoEncoder(nn.Module):
         clip: An open_clip model whose image tower is a `VisionTransformer` of plain attention blocks.
         temporal: Whether tokens see the neighbouring frames. False is CLIP*, the image model on each frame.
         edge: What the first and last frame see beyond the clip (`temporal_attention`); published weights need "zero".
+        activation_checkpointing: Whether training keeps a block's input only, and computes the rest again in backward.
 
     Raises:
         TypeError: The image tower is of a kind whose attention can't be expanded.
         ValueError: `edge` is neither "mask" nor "zero".
     """
 
-    def __init__(self, clip: CLIP, *, temporal: bool = True, edge: Edge = "mask") -> None:
+    def __init__(
+        self, clip: CLIP, *, temporal: bool = True, edge: Edge = "mask", activation_checkpointing: bool = False
+    ) -> None:
         super().__init__()
         if edge not in ("mask", "zero"):
             raise ValueError(f"edge must be 'mask' or 'zero', got {edge!r}.")
-        self.visual = extendable(clip.visual)
+        tower = extendable(clip.visual)
+        blocks = nn.ModuleList(VideoBlock(block) for block in tower.transformer.resblocks)
+        self.visual = _twin(tower, transformer=_twin(tower.transformer, resblocks=blocks))
         self.logit_scale = clip.logit_scale
         self.temporal = temporal
         self.edge: Edge = edge
+        self.activation_checkpointing = activation_checkpointing
 
     def encode(self, video: Tensor) -> Tensor:
         """The features of each frame, before normalisation: (B, 3, T, H, W) → (B, T, E)."""
@@ -49,11 +60,12 @@ class VideoEncoder(nn.Module):
             raise ValueError(f"frames must be {tuple(self.visual.image_size)} pixels, got {tuple(video.shape[-2:])}.")
         frames = video.shape[2]
         x = self.visual._embeds(rearrange(video, "b c t h w -> (b t) c h w"))
+        seen_together, edge = (frames, self.edge) if self.temporal else (1, "mask")
         for block in self.visual.transformer.resblocks:
-            if self.visual.transformer.grad_checkpointing and self.training:
-                x = checkpoint(self._block, block, x, frames, use_reentrant=False)
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, seen_together, edge, use_reentrant=False)
             else:
-                x = self._block(block, x, frames)
+                x = block(x, seen_together, edge)
         pooled, _ = self.visual._pool(x)
         features = pooled if self.visual.proj is None else pooled @ self.visual.proj
         return rearrange(features, "(b t) e -> b t e", t=frames)
@@ -76,13 +88,33 @@ class VideoEncoder(nn.Module):
 
     def logits(self, embeddings: Tensor, class_embeddings: Tensor) -> Tensor:
         """Embeddings of clips (B, E) and of classes (K, E) → (B, K)."""
-        return self.logit_scale.exp() * embeddings @ class_embeddings.T
+        scale = self.logit_scale
+        scale = scale.to_local() if isinstance(scale, DTensor) else scale
+        return scale.exp() * embeddings @ class_embeddings.T
 
-    def _block(self, block: Any, x: Tensor, frames: int) -> Tensor:
-        seen_together = frames if self.temporal else 1
-        edge = self.edge if self.temporal else "mask"
-        x = x + block.ls_1(temporal_attention(block.attn, block.ln_1(x), frames=seen_together, edge=edge))
-        return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+class VideoBlock(nn.Module):
+    """A `ResidualAttentionBlock` with attention over neighbouring frames: the same modules, under the same names.
+
+    What gathers its weights when it is called, as FSDP2 does, is set on this block.
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.ln_1, self.attn, self.ls_1 = block.ln_1, block.attn, block.ls_1
+        self.ln_2, self.mlp, self.ls_2 = block.ln_2, block.mlp, block.ls_2
+
+    def forward(self, x: Tensor, frames: int, edge: Edge) -> Tensor:
+        """Tokens (B * frames, N, D) → the same shape."""
+        x = x + self.ls_1(temporal_attention(self.attn, self.ln_1(x), frames=frames, edge=edge))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
+
+
+def _twin(module: M, **children: nn.Module) -> M:
+    """A second module with the same parameters, in one and the same dictionary, and the same children but for those."""
+    twin = copy.copy(module)
+    twin._modules = {**module._modules, **children}
+    return twin
 
 
 def extendable(tower: nn.Module) -> VisionTransformer:
