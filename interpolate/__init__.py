@@ -2,10 +2,12 @@
 
 from interpolate.averaging import EMAAverager, LAWAAverager, SWAAverager, WeightAverager
 from interpolate.batchnorm import reestimate_batchnorm
+from interpolate.depth import by_depth
 from interpolate.errors import CheckpointError, WeightMismatchError
 from interpolate.files import average_files, patch_files
 from interpolate.patching import patch, slerp, task_arithmetic, uniform_soup
 from interpolate.path import choose_anchor_weight, evaluate_path, greedy_soup
+from interpolate.pulling import pull
 from interpolate.regularizer import InterpolatedWeightRegularizer
 from interpolate.weights import applied, load_weights
 
@@ -19,12 +21,14 @@ __all__ = [
     "WeightMismatchError",
     "applied",
     "average_files",
+    "by_depth",
     "choose_anchor_weight",
     "evaluate_path",
     "greedy_soup",
     "load_weights",
     "patch",
     "patch_files",
+    "pull",
     "reestimate_batchnorm",
     "slerp",
     "task_arithmetic",

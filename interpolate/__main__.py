@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from interpolate import files, inspection
-from interpolate._operations import Ratio
+from interpolate._operations import Ratio, is_mixed
+from interpolate.checkpoints import Checkpoint
+from interpolate.depth import by_depth, towers
 from interpolate.patching import patch, weights_of
 from interpolate.path import PathValues, greedy_soup
 from interpolate.reports import Report, as_json
@@ -92,14 +94,22 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("patch", _patch, "Mix a fine-tuned checkpoint with the pretrained one.")
     sub.add_argument("anchor", help="the pretrained checkpoint")
     sub.add_argument("theta", help="the fine-tuned checkpoint")
-    sub.add_argument(
+    weights = sub.add_mutually_exclusive_group(required=True)
+    weights.add_argument(
         "--anchor-weight",
         nargs="+",
         action="extend",
-        required=True,
         metavar="W",
         help="weight of the anchor in [0, 1], or PATTERN=W ..., the first that fits a name; '*' is the rest",
     )
+    weights.add_argument(
+        "--by-depth",
+        nargs=2,
+        type=float,
+        metavar=("FIRST", "LAST"),
+        help="weight of the anchor in the first block of a network and in the last, in equal steps between (LiNeS)",
+    )
+    sub.add_argument("--extrapolate", action="store_true", help="let weights of the anchor be outside [0, 1]")
     writes(sub)
     sub = command("average", _average, "Write the mean of checkpoints.")
     sub.add_argument("checkpoints", nargs="+")
@@ -132,7 +142,8 @@ def _patch(options: argparse.Namespace) -> int:
         options.anchor,
         options.theta,
         options.output,
-        anchor_weight=_ratio(options.anchor_weight),
+        anchor_weight=_by_depth(options) if options.by_depth else _ratio(options.anchor_weight),
+        extrapolate=options.extrapolate,
         dry_run=options.dry_run,
         progress=_progress(),
     )
@@ -209,6 +220,18 @@ def _ratio(texts: Sequence[str]) -> Ratio:
         return ratios
     except ValueError as error:
         raise ValueError(f"--anchor-weight takes W or PATTERN=W ..., got {' '.join(texts)!r}: {error}.") from error
+
+
+def _by_depth(options: argparse.Namespace) -> Ratio:
+    """Patterns by the names in theta; what they are taken from is said."""
+    first, last = options.by_depth
+    with Checkpoint(options.theta) as theta:
+        names = [name for name, entry in theta.entries.items() if is_mixed(name, entry.dtype)]
+    for tower, blocks in towers(names, None).items():
+        print(
+            f"{len(blocks)} blocks under {tower!r}: {blocks[0]} ({first:g}) to {blocks[-1]} ({last:g})", file=sys.stderr
+        )
+    return by_depth(names, first=first, last=last)
 
 
 def _function(text: str) -> Callable[[Any], float]:

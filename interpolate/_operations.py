@@ -69,7 +69,7 @@ def compiled(recipe: Recipe, names: Sequence[str], n_sources: int) -> Callable[[
     """
     kind = recipe["operation"]
     if kind == "patch":
-        ratios = _ratios(recipe["anchor_weight"], names)
+        ratios = _ratios(as_numbers(recipe["anchor_weight"], recipe.get("extrapolate", False)), names)
         operation = lambda name, tensors: lerp(tensors[0], tensors[1], ratios[name])  # noqa: E731 # one of four alike
     elif kind == "slerp":
         weight = check_coefficient("anchor_weight", recipe["anchor_weight"])
@@ -134,19 +134,25 @@ def checked(name: str, mixed: Tensor, tensors: list[Tensor]) -> Tensor:
     return mixed
 
 
-def as_numbers(anchor_weight: Ratio) -> Ratio:
+def patch_recipe(anchor_weight: Ratio, extrapolate: bool) -> Recipe:
+    """What `patch` does, checked and in Python's numbers; what is not asked for is not in it."""
+    recipe = {"operation": "patch", "anchor_weight": as_numbers(anchor_weight, extrapolate)}
+    return {**recipe, "extrapolate": True} if extrapolate else recipe
+
+
+def as_numbers(anchor_weight: Ratio, extrapolate: bool) -> Ratio:
     """The same as Python's numbers, which a recipe can keep; what NumPy and torch compute are none of these."""
     if not isinstance(anchor_weight, Mapping):
-        return check_coefficient("anchor_weight", anchor_weight)
+        return check_coefficient("anchor_weight", anchor_weight, extrapolate=extrapolate)
     return {
-        pattern: check_coefficient(f"anchor_weight of {pattern!r}", weight) for pattern, weight in anchor_weight.items()
+        pattern: check_coefficient(f"anchor_weight of {pattern!r}", weight, extrapolate=extrapolate)
+        for pattern, weight in anchor_weight.items()
     }
 
 
 def _ratios(anchor_weight: Ratio, names: Sequence[str]) -> dict[str, float]:
     """The weight of the anchor for every name."""
-    checked = as_numbers(anchor_weight)
-    patterns = checked if isinstance(checked, Mapping) else {"*": checked}
+    patterns = anchor_weight if isinstance(anchor_weight, Mapping) else {"*": anchor_weight}
     ratios: dict[str, float] = {}
     for pattern, weight in patterns.items():
         fitting = [name for name in names if fnmatchcase(name, pattern)]

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from threading import Event
 
 from interpolate._mixing import Mixing, Progress
-from interpolate._operations import Ratio, Recipe, as_numbers
+from interpolate._operations import Ratio, Recipe, patch_recipe
 from interpolate._recipes import RECIPE, Path, folder_of, seen_from
 from interpolate.checkpoints import Checkpoint, write
 from interpolate.reports import Report
@@ -22,6 +22,7 @@ def patch_files(
     output: Path,
     *,
     anchor_weight: Ratio,
+    extrapolate: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -33,7 +34,7 @@ def patch_files(
         output: Written in the names, dtypes and shards of theta, and not before all of it is well: see
             `interpolate.checkpoints.write`. Its metadata holds the recipe and the hashes of the inputs; in files of
             `torch.save`, a record of the archive beside what `torch.load` gives.
-        anchor_weight: As for `patch`.
+        anchor_weight: As for `patch`, and so is `extrapolate`.
         dry_run: Do everything except writing, and hashing the inputs for the record.
         progress: Called from time to time.
 
@@ -51,7 +52,7 @@ def patch_files(
         >>> load_file("out.safetensors"), report.tensors[0].distance
         ({'w': tensor([0.2500])}, 1.0)
     """
-    recipe = {"operation": "patch", "anchor_weight": as_numbers(anchor_weight)}
+    recipe = patch_recipe(anchor_weight, extrapolate)
     return mix_files([theta, anchor], recipe, None if dry_run else output, progress)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from interpolate._names import bare, by_bare_name, renamed, unwrapped
-from interpolate._operations import Ratio, Recipe, compiled, is_mixed, sides_of, without_extra_state
+from interpolate._operations import Ratio, Recipe, compiled, is_mixed, patch_recipe, sides_of, without_extra_state
 from interpolate._unmixable import check_mixable
 from interpolate.checkpoints import Checkpoint, Entry
 from interpolate.weights import Weights, check_match
@@ -21,7 +21,7 @@ Source: TypeAlias = "Weights | nn.Module | str | os.PathLike[str] | Checkpoint"
 """Where weights come from: a state dict, a module, or a checkpoint, open or by its path or URL."""
 
 
-def patch(anchor: Source, theta: Source, *, anchor_weight: Ratio) -> dict[str, Tensor]:
+def patch(anchor: Source, theta: Source, *, anchor_weight: Ratio, extrapolate: bool = False) -> dict[str, Tensor]:
     """Interpolate two sets of weights: `anchor_weight * anchor + (1 - anchor_weight) * theta`.
 
     Floating-point weights are mixed; everything else (integer and complex tensors, the buffers of a module, BatchNorm
@@ -36,7 +36,8 @@ def patch(anchor: Source, theta: Source, *, anchor_weight: Ratio) -> dict[str, T
         anchor: The pretrained weights: a state dict, `regularizer.anchor`, a module, or a checkpoint's path.
         theta: The fine-tuned weights: likewise, for instance `averager.weights`. Names must be the anchor's.
         anchor_weight: Weight of the anchor, in [0, 1]; 0 returns theta, 1 the anchor, bit for bit. Or such a weight by
-            name pattern, the first that fits: `{"visual.*": 0.3, "*": 0.5}`.
+            name pattern, the first that fits: `{"visual.*": 0.3, "*": 0.5}`; `by_depth` makes them.
+        extrapolate: Let `anchor_weight` be any finite number: below 0 is beyond theta, above 1 beyond the anchor.
 
     Returns:
         New tensors in theta's dtype and on its device, under theta's names without those of wrappers (DDP,
@@ -45,15 +46,15 @@ def patch(anchor: Source, theta: Source, *, anchor_weight: Ratio) -> dict[str, T
 
     Raises:
         WeightMismatchError: Names or shapes differ; the message lists them.
-        ValueError: `anchor_weight` is not in [0, 1], a pattern fits no name or a name no pattern, or a mixed weight is
-            not finite.
+        ValueError: `anchor_weight` is out of its range, a pattern fits no name or a name no pattern, or a mixed weight
+            is not finite.
 
     Example:
         >>> import torch
         >>> patch({"w": torch.ones(1)}, {"w": torch.zeros(1)}, anchor_weight=0.25)["w"]
         tensor([0.2500])
     """
-    return mix([theta, anchor], {"operation": "patch", "anchor_weight": anchor_weight})
+    return mix([theta, anchor], patch_recipe(anchor_weight, extrapolate))
 
 
 def slerp(anchor: Source, theta: Source, *, anchor_weight: float) -> dict[str, Tensor]:

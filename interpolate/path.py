@@ -64,6 +64,7 @@ def evaluate_path(
     *,
     anchor_weights: Sequence[float] = tuple(i / 10 for i in range(11)),
     theta: Weights | None = None,
+    extrapolate: bool = False,
 ) -> PathValues:
     """Evaluate a model at weights along the path from theta to the anchor; its own come back whatever happens.
 
@@ -72,12 +73,12 @@ def evaluate_path(
             `reestimate_batchnorm` in `evaluate` if it has any.
         anchor: The pretrained weights by name, such as `regularizer.anchor`.
         evaluate: Called with the model once for each weight of the anchor.
-        anchor_weights: In [0, 1].
+        anchor_weights: In [0, 1], or any finite numbers with `extrapolate`.
         theta: The fine-tuned weights by name, such as `averager.weights`; by default those of the model.
 
     Raises:
         WeightMismatchError: `anchor` and `theta` do not match.
-        ValueError: An anchor weight is not in [0, 1].
+        ValueError: An anchor weight is out of its range.
 
     Example:
         >>> import torch
@@ -88,12 +89,12 @@ def evaluate_path(
         (2.0, 1.0, 0.0)
     """
     for weight in anchor_weights:
-        check_coefficient("anchor_weights", weight)
+        check_coefficient("anchor_weights", weight, extrapolate=extrapolate)
     source = trainable_weights(model) if theta is None else theta
     theta = {name: tensor.detach().clone() for name, tensor in source.items()}
     values = []
     for weight in anchor_weights:
-        with applied(model, patch(anchor, theta, anchor_weight=weight)):
+        with applied(model, patch(anchor, theta, anchor_weight=weight, extrapolate=extrapolate)):
             values.append(float(evaluate(model)))
     return PathValues(tuple(map(float, anchor_weights)), tuple(values))
 

@@ -13,6 +13,7 @@ from interpolate._alphas import AlphaSequence
 from interpolate._sharding import inner, is_sharded, like, local
 from interpolate._strategies import CHECKPOINTED, STRATEGIES, call_at, choose_strategy, has_reentrant_checkpoint
 from interpolate.errors import WeightMismatchError
+from interpolate.pulling import pull_tensors
 from interpolate.weights import Weights, check_match, listed, trainable_weights
 
 T = TypeVar("T")
@@ -199,6 +200,22 @@ class InterpolatedWeightRegularizer(AlphaSequence):
         if has_reentrant_checkpoint(output):
             raise RuntimeError(CHECKPOINTED)
         return output
+
+    def move_anchor(self, toward: Weights | None = None, *, weight: float = 1.0) -> None:
+        """Let the anchor follow: it becomes `weight * toward + (1 - weight) * anchor`, in place.
+
+        The weights given, or learnt so far, are what the next steps stay near. Saved with `state_dict`. The anchor has
+        the dtype of the model, and in half precision many small moves are lost to rounding: let an `EMAAverager` follow
+        theta then, and move to its weights.
+
+        Source: Gorbatovski et al. 2024 (arXiv 2404.09656), "Learn your reference model".
+
+        Args:
+            toward: By name, as for `anchor`; by default theta, the model's weights now.
+            weight: Weight of `toward`, in [0, 1].
+        """
+        theta = self._trainable()
+        pull_tensors(self.anchor, theta if toward is None else toward, weight, sides=("the anchor", "toward"))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs: the step, the seed and the anchor."""

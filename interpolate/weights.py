@@ -62,14 +62,20 @@ def check_match(
         )
 
 
-def check_coefficient(name: str, value: Any) -> float:
-    """The weight of the anchor as Python's number; `ValueError` unless it is in [0, 1], which nan is not."""
+def check_coefficient(name: str, value: Any, *, extrapolate: bool = False, of: str = "the anchor") -> float:
+    """The weight of the anchor as Python's number; `ValueError` unless it is in [0, 1], which nan is not.
+
+    Args:
+        extrapolate: Let it be any finite number.
+        of: What it weighs.
+    """
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not 0 <= number <= 1:
-        raise ValueError(f"{name} is the weight of the anchor and must be in [0, 1], got {value!r}.")
+    if not (math.isfinite(number) if extrapolate else 0 <= number <= 1):
+        allowed = "finite" if extrapolate else "in [0, 1]"
+        raise ValueError(f"{name} is the weight of {of} and must be {allowed}, got {value!r}.")
     return number
 
 

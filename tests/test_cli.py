@@ -69,6 +69,25 @@ def test_a_checkpoint_whose_name_looks_like_a_pattern_is_one_after_a_single_numb
     ]
 
 
+def test_weights_beyond_the_ends_are_asked_for_and_remembered(capsys: pytest.CaptureFixture[str]):
+    assert run("patch", *PAIR, "--anchor-weight", "-0.5", "-o", "out.safetensors") == 2
+    assert "must be in [0, 1], got -0.5" in capsys.readouterr().err
+    assert run("patch", *PAIR, "--extrapolate", "--anchor-weight", "a.*=-0.5", "*=2", "-o", "out.safetensors") == 0
+    assert {n: t[0].item() for n, t in load_file("out.safetensors").items()} == {"a.w": 1.5, "b.w": -1.0}
+    assert run("verify", "out.safetensors") == 0
+
+
+def test_the_depth_that_weights_grow_with_is_said(capsys: pytest.CaptureFixture[str]):
+    names = [*(f"h.{i}.fc.w" for i in range(3)), "head.w"]
+    for i, path in enumerate(PAIR):
+        save_file({name: torch.full([1], float(i)) for name in names}, path)
+    assert run("patch", *PAIR, "--by-depth", "0.75", "0.25", "-o", "out.safetensors") == 0
+    assert "3 blocks under 'h': h.0 (0.75) to h.2 (0.25)" in capsys.readouterr().err
+    patched = load_file("out.safetensors")
+    assert [patched[name].item() for name in names] == [0.25, 0.5, 0.75, 0.25]
+    assert run("verify", "out.safetensors") == 0
+
+
 def test_a_dry_run_writes_nothing(capsys: pytest.CaptureFixture[str]):
     assert run("patch", *PAIR, "--anchor-weight", "0.25", "-o", "out.safetensors", "--dry-run", "--json") == 0
     assert not os.path.exists("out.safetensors")

@@ -214,6 +214,21 @@ def test_an_anchor_weight_outside_its_range_is_refused(anchor_weight: float):
         patch({"w": torch.ones(1)}, {"w": torch.ones(1)}, anchor_weight=anchor_weight)
 
 
+@given(modules(), st.floats(-3, 4))
+def test_patching_goes_on_beyond_both_ends_where_it_is_asked_to(model: nn.Module, anchor_weight: float):
+    anchor, theta = model.double(), moved(model).double()
+    patched = patch(anchor, theta, anchor_weight=anchor_weight, extrapolate=True)
+    for name, p in trainable_weights(theta).items():
+        expected = anchor_weight * anchor.get_parameter(name) + (1 - anchor_weight) * p
+        torch.testing.assert_close(patched[name], expected, rtol=1e-9, atol=1e-9)  # of large numbers
+
+
+@pytest.mark.parametrize("anchor_weight", [float("nan"), float("-inf"), {"w": float("inf")}])
+def test_what_is_beyond_the_ends_must_be_finite(anchor_weight: float | dict):
+    with pytest.raises(ValueError, match=r"is the weight of the anchor and must be finite, got (nan|-?inf)"):
+        patch({"w": torch.ones(1)}, {"w": torch.ones(1)}, anchor_weight=anchor_weight, extrapolate=True)
+
+
 def test_nan_is_named_and_counted():
     theta = {"w": torch.tensor([1.0, torch.nan, torch.nan])}
     with pytest.raises(ValueError, match="w has 2 values that are not finite"):

@@ -171,3 +171,17 @@ def test_a_mask_of_infinities_goes_through_a_soup():
     greedy_soup(sources, lambda weights: means.append(weights) or 0.0)
     assert means[-1]["mask"].tolist() == [0.0, -torch.inf]
     assert means[-1]["w"].item() == 3
+
+
+def test_the_path_goes_on_beyond_its_ends_where_it_is_asked_to():
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.constant_(model.weight, 2.0)
+    found = evaluate_path(
+        model,
+        {"weight": torch.ones(1, 1).double()},
+        lambda model: model.weight.item(),
+        anchor_weights=(-0.5, 1.5),
+        extrapolate=True,
+    )
+    assert found.values == (2.5, 0.5)
+    assert model.weight.item() == 2

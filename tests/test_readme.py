@@ -34,8 +34,9 @@ def test_examples_run(code: str, tmp_path: Path):
 def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    save_file({"visual.w": torch.zeros(2), "text.w": torch.zeros(1)}, "anchor.safetensors")
-    save_file({"visual.w": torch.ones(2), "text.w": torch.ones(1)}, "theta.safetensors")
+    for value, path in enumerate(("anchor.safetensors", "theta.safetensors")):
+        names = "visual.h.0.fc.w", "visual.h.1.fc.w", "text.w"
+        save_file({name: torch.full([1], float(value)) for name in names}, path)
     Path("scoring.py").write_text("def accuracy(weights):\n    return weights['text.w'].item()\n")
     (commands,) = blocks("bash", "python -m interpolate")
     for command in commands.splitlines():

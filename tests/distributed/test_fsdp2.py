@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
 from two_ranks import WORLD_SIZE, on_two_ranks
 
-from interpolate import InterpolatedWeightRegularizer, load_weights
+from interpolate import InterpolatedWeightRegularizer, load_weights, patch, pull
 from interpolate._sharding import reshard
 from interpolate.weights import applied, trainable_weights
 
@@ -189,6 +189,30 @@ def whole_weights_can_be_applied_to_shards(rank: int) -> None:
         with applied(model, anchor()):
             torch.testing.assert_close(model(x), network(seed=1)(x), rtol=0, atol=0)
         torch.testing.assert_close(model(x), own, rtol=0, atol=0)
+
+
+def shards_are_pulled_in_place_toward_whole_weights_and_others(rank: int) -> None:
+    model, (x, _) = sharded(network()), batch_of(rank)
+    with torch.no_grad():
+        model(x)  # leaves gathered weights behind
+    pull(model, anchor(), weight=0.25)
+    pull(model, dict(sharded(network(seed=1)).named_parameters()), weight=0.5)
+    expected = network()
+    pull(expected, network(seed=1), weight=0.25)
+    pull(expected, network(seed=1), weight=0.5)
+    for name, whole in full(dict(model.named_parameters())).items():
+        torch.testing.assert_close(whole, expected.get_parameter(name), rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected(x), rtol=0, atol=0)
+
+
+def an_anchor_of_shards_moves(rank: int) -> None:
+    model = sharded(network())
+    regularizer = InterpolatedWeightRegularizer(model, anchor=anchor())
+    regularizer.move_anchor(weight=0.25)
+    moved = patch(network(), network(seed=1), anchor_weight=0.25)
+    for name, whole in full(regularizer.anchor).items():
+        torch.testing.assert_close(whole, moved[name], rtol=0, atol=0)
 
 
 test_two_ranks = on_two_ranks(__name__)
