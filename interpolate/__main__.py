@@ -23,7 +23,8 @@ from interpolate.path import PathValues, greedy_soup
 from interpolate.reports import Report, as_json
 
 _PATHS = (
-    "a .safetensors file, the .safetensors.index.json of a sharded checkpoint, or a file of torch.save, local or a URL"
+    "a .safetensors file, the .safetensors.index.json of a sharded checkpoint, a file of torch.save, or a folder of "
+    "Hugging Face or torch.distributed.checkpoint, local or a URL"
 )
 
 
@@ -113,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     writes(sub)
     sub = command("average", _average, "Write the mean of checkpoints.")
     sub.add_argument("checkpoints", nargs="+")
+    sub.add_argument("--weights", metavar="A,B,...", help="how much each checkpoint weighs; only ratios matter")
     writes(sub)
     sub = command("soup", _soup, "Write the mean of those checkpoints that a greedy soup keeps.")
     sub.add_argument("checkpoints", nargs="+")
@@ -152,7 +154,9 @@ def _patch(options: argparse.Namespace) -> int:
 
 def _average(options: argparse.Namespace) -> int:
     paths, output = options.checkpoints, options.output
-    return _show(options, files.average_files(paths, output, dry_run=options.dry_run, progress=_progress()))
+    weights = None if options.weights is None else _numbers("--weights", options.weights)
+    report = files.average_files(paths, output, weights=weights, dry_run=options.dry_run, progress=_progress())
+    return _show(options, report)
 
 
 def _soup(options: argparse.Namespace) -> int:
@@ -204,6 +208,13 @@ def _verify(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace, report: Report) -> int:
     print(report.as_json() if options.json else report)
     return 0
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} takes numbers with commas between them, got {text!r}: {error}.") from error
 
 
 def _ratio(texts: Sequence[str]) -> Ratio:

@@ -75,7 +75,9 @@ def compiled(recipe: Recipe, names: Sequence[str], n_sources: int) -> Callable[[
         weight = check_coefficient("anchor_weight", recipe["anchor_weight"])
         operation = lambda _, tensors: _slerp(tensors[0], tensors[1], weight)  # noqa: E731
     elif kind == "average":
-        operation = lambda _, tensors: (summed(tensors) / len(tensors)).to(tensors[0].dtype)  # noqa: E731
+        shares = _shares(recipe.get("weights", [1.0] * n_sources), n_sources)
+        total = math.fsum(shares)
+        operation = lambda _, tensors: (summed(tensors, shares) / total).to(tensors[0].dtype)  # noqa: E731
     elif kind == "task_arithmetic":
         scales = recipe["scales"]
         if len(scales) != n_sources - 1 or not all(map(math.isfinite, scales)):
@@ -86,12 +88,31 @@ def compiled(recipe: Recipe, names: Sequence[str], n_sources: int) -> Callable[[
     return lambda name, tensors: checked(name, operation(name, tensors), tensors)
 
 
-def summed(tensors: list[Tensor]) -> Tensor:
-    """In float64: a running mean in float32 hardly moves after some thousand tensors."""
-    total = tensors[0].detach().to(torch.float64, copy=True)
-    for tensor in tensors[1:]:
-        total += tensor.detach().to(total.device, mixing_precision(tensor.dtype))  # float8 is not promoted
+def summed(tensors: Sequence[Tensor], shares: Sequence[float] = ()) -> Tensor:
+    """In float64: a running mean in float32 hardly moves after some thousand tensors.
+
+    Args:
+        shares: What each is multiplied by, if not by 1; of those with a 0 no value counts, nan neither.
+    """
+    total = torch.zeros_like(tensors[0].detach(), dtype=torch.float64)
+    for tensor, share in zip(tensors, shares or [1.0] * len(tensors), strict=True):
+        if share:
+            total.add_(tensor.detach().to(total.device, torch.float64), alpha=share)
     return total
+
+
+def _shares(weights: Any, n_sources: int) -> list[float]:
+    """The weights of a mean, the heaviest being 1: equal ones give the bits of a plain mean, a single one its source's.
+
+    They may be negative: an average made of other averages has such weights.
+    """
+    numbers = [float(weight) for weight in weights]
+    if len(numbers) != n_sources:
+        raise ValueError(f"weights must be one number for each of {n_sources} checkpoints, got {len(numbers)}.")
+    heaviest = max(map(abs, numbers))
+    if not all(map(math.isfinite, numbers)) or not abs(math.fsum(numbers)) > 1e-6 * heaviest:
+        raise ValueError(f"weights must be finite numbers with a sum that is not 0, got {numbers}.")
+    return [number / heaviest for number in numbers]
 
 
 def _sum_of_tasks(tensors: list[Tensor], scales: Sequence[float]) -> Tensor:

@@ -38,6 +38,7 @@ class PickledShard:
 
     def __init__(self, path: str, key: str = "") -> None:
         self.path, self.key = path, key
+        self.files = [path]
         self.metadata = _metadata(path)
         self.tensors: dict[str, Tensor] = {}
         self._content: Any = None
@@ -54,7 +55,7 @@ class PickledShard:
 
     def _open(self) -> tuple[Mapping[Any, Any], Mapping[Any, Any]]:
         self._content = _load(self.path)
-        self.key, weights = _chosen(self._content, self.path, self.key)
+        self.key, weights = chosen_set(self._content, self.path, self.key)
         self.tensors = {name: value for name, value in weights.items() if _is_named_tensor(name, value)}
         for name, tensor in self.tensors.items():
             _check_readable(self.path, name, tensor)
@@ -146,7 +147,7 @@ def _metadata(path: str) -> dict[str, str]:
             raise CheckpointError(f"{path} is cut off or damaged ({error}); fetch or write it again.") from error
 
 
-def _chosen(content: Any, path: str, key: str) -> tuple[str, Mapping[Any, Any]]:
+def chosen_set(content: Any, path: str, key: str) -> tuple[str, Mapping[Any, Any]]:
     if isinstance(content, nn.Module) or not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not named tensors.")
     sets = dict(_sets(content))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
@@ -18,8 +19,17 @@ SAFETENSORS = ".safetensors"
 PICKLED = ".pt", ".pth", ".pyth", ".ckpt", ".bin"
 INDEX = ".index.json"
 
-_IN_FOLDERS = f"*{SAFETENSORS}{INDEX}", f"*{SAFETENSORS}", f"*.bin{INDEX}", "*_model.bin"
-"""What weights are called in folders that transformers, PEFT and diffusers write; the first that is there is meant."""
+DISTRIBUTED_INDEX = ".metadata"
+"""The index of a folder that `torch.distributed.checkpoint` wrote; what it is called makes it the last to appear."""
+RANK_FILE = r"shard-(\d+)-model-(\d+)-of-(\d+)\.safetensors"
+"""What one process writes of a checkpoint of all in safetensors; all together are one checkpoint."""
+
+_IN_FOLDERS = (
+    *(DISTRIBUTED_INDEX, "pytorch_model_fsdp_[0-9]*"),
+    *(f"*{SAFETENSORS}{INDEX}", f"*{SAFETENSORS}", f"*.bin{INDEX}", "*_model.bin"),
+)
+"""What weights are called in folders that torch.distributed.checkpoint, accelerate, transformers, PEFT and diffusers
+write; the first that is there is meant."""
 
 _INSIDE_OTHERS = {
     *("zip", "tar", "libarchive", "dir", "reference", "async_wrapper"),
@@ -127,7 +137,7 @@ def in_folder(path: str) -> str:
     Raises:
         CheckpointError: There is none in the folder, or one can't tell which is meant.
     """
-    if name_of(path).endswith((SAFETENSORS, INDEX, *PICKLED)) and not os.path.isdir(path):
+    if name_of(path).endswith((SAFETENSORS, INDEX, DISTRIBUTED_INDEX, *PICKLED)) and not os.path.isdir(path):
         return path  # without asking a server
     fs, target = file_system(path)
     if not fs.isdir(target):
@@ -136,8 +146,8 @@ def in_folder(path: str) -> str:
     for pattern in _IN_FOLDERS:
         found = [name for name in names if fnmatch(name, pattern)]
         found += [name for name in names if name + INDEX in found]  # of shards and a whole file one may be stale
-        if len(found) == 1:
-            return f"{path.rstrip('/')}/{found[0]}"
+        if len(found) == 1 or (found and all(re.fullmatch(RANK_FILE, name) for name in found)):
+            return in_folder(f"{path.rstrip('/')}/{found[0]}")
         if found:
             raise CheckpointError(f"{path} holds several checkpoints ({', '.join(found[:5])}); name one of them.")
     there = ", ".join(names[:5]) or "nothing"

@@ -43,21 +43,26 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 class SafetensorsShard:
     """One file; its header is read at once, and the file is opened anew when something is read after `close`."""
 
+    key = ""
+    """The format has one set of weights, """
+    rest: tuple[str, ...] = ()
+    """nothing beside it, """
     ties: tuple[tuple[str, ...], ...] = ()
-    """The format keeps none."""
+    """and no ties."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._file: Any = None
+        self.files = [path]
         with opened(path) as file:
-            self.entries, self._starts, self.metadata = _header(file, path)
+            self.entries, self.starts, self.metadata = _header(file, path)
 
     def read(self, name: str, start: int, size: int) -> Tensor:
         """Elements of a tensor in order, from one on."""
         if self._file is None:
             self._file = opened(self.path)
         dtype = self.entries[name].dtype
-        self._file.seek(self._starts[name] + start * dtype.itemsize)
+        self._file.seek(self.starts[name] + start * dtype.itemsize)
         piece = read_tensor(self._file, dtype, size)
         if piece is None:
             raise CheckpointError(f"{self.path}: {name} is cut off; fetch or write the file again.")

@@ -2,9 +2,10 @@
 
 `PATH` is a `.safetensors` file; a file of `torch.save` (`.pt`, `.pth`, `.pyth`, `.ckpt`, `.bin`), which is unpickled
 with `weights_only=True`; a TorchScript archive under one of these names, whose code is left alone; the `.index.json` of
-either kind in shards; or a folder with one of these, as Hugging Face's are. `PATH::KEY` picks one of several sets of
-weights in a file of `torch.save`, for instance `last.ckpt::current_model_state`, or `last.ckpt::callbacks.EMA.weights`
-for one that lies deeper.
+either kind in shards; or a folder with one of these, as Hugging Face's are; or one that
+`torch.distributed.checkpoint` wrote, on any number of processes. `PATH::KEY` picks one of several sets of weights in a
+file of `torch.save` or such a folder, for instance `last.ckpt::current_model_state`, or
+`last.ckpt::callbacks.EMA.weights` for one that lies deeper.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interpolate._distributed import DistributedShard, distributed_folder, distributed_safetensors
 from interpolate._names import bare, renamed
 from interpolate._pickled import PickledShard
 from interpolate._pickling import write_pickled
 from interpolate._places import (
+    DISTRIBUTED_INDEX,
     INDEX,
     PICKLED,
     SAFETENSORS,
@@ -40,6 +43,8 @@ from interpolate._safetensors import SafetensorsShard, parsed, write_safetensors
 from interpolate._tensors import CHUNK, Entry, spans
 from interpolate.atomic import flushed, replaced_path
 from interpolate.errors import CheckpointError
+
+_Shard = SafetensorsShard | PickledShard | DistributedShard
 
 __all__ = ["CHUNK", "Checkpoint", "CheckpointError", "Entry", "write"]
 
@@ -71,8 +76,8 @@ class Checkpoint:
         self.path = in_folder(path)
         self.index: dict[str, Any] = {}
         """Of a sharded checkpoint: what its index file holds."""
-        self._shards: dict[str, SafetensorsShard | PickledShard] = {}
-        self._open: SafetensorsShard | PickledShard | None = None
+        self._shards: dict[str, _Shard] = {}
+        self._open: _Shard | None = None
         self._lock = threading.Lock()
         if self.is_sharded:
             entries = self._read_index()
@@ -80,7 +85,7 @@ class Checkpoint:
             shard = self._shard(self.path, self.key)
             self._shards[base_name(self.path)] = self._open = shard
             entries = shard.entries
-            self.key = shard.key if isinstance(shard, PickledShard) else ""
+            self.key = shard.key
         self.metadata: dict[str, str] = {}
         for shard in self._shards.values():
             self.metadata |= shard.metadata
@@ -106,12 +111,15 @@ class Checkpoint:
     @property
     def files(self) -> list[str]:
         """Every file that belongs to the checkpoint."""
-        return [*([self.path] if self.is_sharded else []), *(shard.path for shard in self._shards.values())]
+        return [
+            *([self.path] if self.is_sharded else []),
+            *(file for shard in self._shards.values() for file in shard.files),
+        ]
 
     @property
     def rest(self) -> list[str]:
         """What the file holds beside `entries`: other sets of weights, hyperparameters, what is not a tensor."""
-        shards = [shard for shard in self._shards.values() if isinstance(shard, PickledShard)]
+        shards = self._shards.values()
         counters = {name for shard in shards for name in shard.entries} - {*self.stored_names.values()}
         return [*sorted(counters), *(name for shard in shards for name in shard.rest)]
 
@@ -155,14 +163,16 @@ class Checkpoint:
         digests = [_sha256(file, stopped) for file in self.files]
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
-    def _shard(self, path: str, key: str = "") -> SafetensorsShard | PickledShard:
+    def _shard(self, path: str, key: str = "") -> _Shard:
+        if base_name(path) == DISTRIBUTED_INDEX:
+            return distributed_folder(path, key)
         if not name_of(path).endswith(SAFETENSORS):
             return PickledShard(path, key)
         if key:
             raise CheckpointError(
                 f"{path} is one set of weights, and has no {key!r}; keys are for files of torch.save."
             )
-        return SafetensorsShard(path)
+        return distributed_safetensors(path) or SafetensorsShard(path)
 
     def _read_index(self) -> dict[str, Entry]:
         if self.key:
@@ -215,7 +225,7 @@ def write(
     path = os.fspath(path)
     names = {stored: name for name, stored in source.stored_names.items()}
 
-    def write_shard(path: str, like: SafetensorsShard | PickledShard) -> None:
+    def write_shard(path: str, like: _Shard) -> None:
         """A file with those weights of the source that are in one of its files."""
         own = {stored: entry for stored, entry in like.entries.items() if stored in names}
         stored_pieces = lambda stored: pieces(names[stored])  # noqa: E731 # what the writers call a name

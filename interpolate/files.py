@@ -57,9 +57,17 @@ def patch_files(
 
 
 def average_files(
-    paths: Sequence[Path], output: Path, *, dry_run: bool = False, progress: Progress | None = None
+    paths: Sequence[Path],
+    output: Path,
+    *,
+    weights: Sequence[float] | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
 ) -> Report:
     """Write the mean of several checkpoints, a uniform soup; otherwise as `patch_files`.
+
+    Args:
+        weights: One number for each checkpoint, by default equal ones; only their ratios matter.
 
     Example:
         >>> import os, tempfile, torch
@@ -71,7 +79,10 @@ def average_files(
         >>> load_file("out.safetensors")
         {'w': tensor([0.5000])}
     """
-    return mix_files(paths, {"operation": "average"}, None if dry_run else output, progress)
+    recipe = (
+        {"operation": "average"} if weights is None else {"operation": "average", "weights": [*map(float, weights)]}
+    )
+    return mix_files(paths, recipe, None if dry_run else output, progress)
 
 
 def mix_files(paths: Sequence[Path], recipe: Recipe, output: Path | None, progress: Progress | None = None) -> Report:

@@ -103,6 +103,13 @@ def test_average_and_soup(capsys: pytest.CaptureFixture[str]):
     assert "2 of 3 kept, value -0" in capsys.readouterr().err
 
 
+def test_an_average_may_be_weighted(capsys: pytest.CaptureFixture[str]):
+    assert run("average", *PAIR, "--weights", "1,3", "-o", "mean.safetensors") == 0
+    assert load_file("mean.safetensors")["b.w"].item() == 0.75
+    assert run("average", *PAIR, "--weights=-1,3", "-o", "mean.safetensors") == 0
+    assert load_file("mean.safetensors")["b.w"].item() == 1.5
+
+
 def test_path_prints_values_along_the_path(capsys: pytest.CaptureFixture[str]):
     evaluate = "--evaluate", "judging:closeness"
     assert run("path", *PAIR, *evaluate, "--points", "5", "--json", "--plot", "path.png") == 0
@@ -192,6 +199,8 @@ def test_verify_tells_by_its_exit_code(capsys: pytest.CaptureFixture[str]):
         (("patch", *PAIR, "--anchor-weight", "*=1", "*=0", "-o", "o.safetensors"), "a pattern is given twice"),
         (("patch", *PAIR, "--anchor-weight", "1", "--anchor-weight", "0", "-o", "o.pt"), "must be the only one"),
         (("inspect", "missing.safetensors"), "missing.safetensors"),
+        (("average", *PAIR, "--weights", "1,x", "-o", "o.pt"), "--weights takes numbers with commas between them, got"),
+        (("average", *PAIR, "--weights", "1,2,3", "-o", "o.pt"), "one number for each of 2 checkpoints, got 3"),
         (("inspect", "memory://missing.pt"), "there is no file memory://missing.pt"),
         (("inspect", "zip://a.pt::junk.safetensors"), "zip://a.pt::junk.safetensors can't be reached: File is not a z"),
         (("average", *PAIR, "-o", "folder.safetensors"), "folder.safetensors is a folder; give the name of a file"),

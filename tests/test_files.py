@@ -339,3 +339,47 @@ def test_an_input_with_other_names_than_it_had_is_a_problem(pair: Path):
     patch_files("anchor.safetensors", "theta.safetensors", "out.safetensors", anchor_weight=0.5)
     save_file({"other": torch.ones(1)}, "anchor.safetensors")
     assert "does not match" in verify("out.safetensors")[1]
+
+
+@given(st.lists(st.floats(-3, 3), min_size=2, max_size=5).filter(lambda w: abs(sum(w)) > 0.1))
+def test_weighted_means_are_those_of_float64(weights: list[float]):
+    sources = [{"w": torch.randn(5)} for _ in weights]
+    found = mix(sources, {"operation": "average", "weights": weights})["w"]
+    exact: Any = sum(w * s["w"].double() for w, s in zip(weights, sources, strict=True)) / sum(weights)
+    torch.testing.assert_close(found, exact.float(), rtol=1e-6, atol=1e-6)
+
+
+def test_equal_weights_are_the_plain_mean_and_a_single_one_its_checkpoint_bit_for_bit(pair: Path):
+    sources: list[Any] = [{"w": torch.randn(999, dtype=torch.float64)} for _ in range(3)]
+    equal = mix(sources, {"operation": "average", "weights": [0.3, 0.3, 0.3]})
+    assert identical_bits(equal, uniform_soup(sources))
+    sources[2]["w"][0] = torch.nan  # what weighs nothing may be anything
+    single = mix(sources, {"operation": "average", "weights": [0.0, 0.3, 0.0]})
+    assert identical_bits(single, sources[1])
+    average_files(["anchor.safetensors", "theta.safetensors"], "out.safetensors", weights=[1, 3])
+    expected = mix(["anchor.safetensors", "theta.safetensors"], {"operation": "average", "weights": [1, 3]})
+    assert identical_bits(load_file("out.safetensors"), expected)
+    assert inspect("out.safetensors").recipe == {
+        "operation": "average",
+        "weights": [1.0, 3.0],
+        "inputs": ["anchor.safetensors", "theta.safetensors"],
+        "sha256": [
+            hashlib.sha256((pair / name).read_bytes()).hexdigest()
+            for name in ("anchor.safetensors", "theta.safetensors")
+        ],
+    }
+    assert verify("out.safetensors") == []
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0], "one number for each of 2 checkpoints, got 1"),
+        ([1.0, -1.0], r"a sum that is not 0, got \[1\.0, -1\.0\]"),
+        ([1.0, float("nan")], r"finite numbers .* got \[1\.0, nan\]"),
+        ([0.0, 0.0], r"a sum that is not 0, got \[0\.0, 0\.0\]"),
+    ],
+)
+def test_weights_that_give_no_mean_are_refused(pair: Path, weights: list[float], message: str):
+    with pytest.raises(ValueError, match=message):
+        average_files(["anchor.safetensors", "theta.safetensors"], "out.safetensors", weights=weights)

@@ -9,6 +9,7 @@ import pickle
 import resource
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -386,3 +388,31 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     assert torch.equal(load_file(tmp_path / "out" / "model-01499.safetensors")["w1499"], torch.ones(2))
+
+
+def test_a_folder_of_one_process_of_torch_distributed_checkpoint_is_read_bit_for_bit(tmp_path: Path):
+    turned = torch.randn(3, 5).t()  # its elements are not in order in the file
+    weights = {"w": torch.randn(4, 3), "turned": turned, "scalar": torch.tensor(2.0), "part": torch.randn(9)[2:5]}
+    state = {"model": weights, "step": 3}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.save(state, checkpoint_id=tmp_path / "saved", no_dist=True)
+    with Checkpoint(tmp_path / "saved") as checkpoint:
+        assert {n: checkpoint.tensor(n).tolist() for n in checkpoint.entries} == {
+            n: t.tolist() for n, t in weights.items()
+        }
+        assert checkpoint.rest == ["step"]
+
+
+class _Code:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def test_code_in_an_index_is_refused_by_name(tmp_path: Path):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(_Code()))
+    with pytest.raises(CheckpointError, match=r"holds a builtins\.print, and code of files is never run"):
+        Checkpoint(tmp_path)
+    (tmp_path / ".metadata").write_bytes(b"junk")
+    with pytest.raises(CheckpointError, match=r"can.t be read as the index that torch"):
+        Checkpoint(tmp_path)
