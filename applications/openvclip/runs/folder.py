@@ -29,6 +29,16 @@ class RunFolder:
         return self.path / "journal.jsonl"
 
     @property
+    def curves(self) -> Path:
+        """The journal as a picture."""
+        return self.path / "curves.png"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The journal's figures as events of TensorBoard."""
+        return self.path / "tensorboard"
+
+    @property
     def training_state(self) -> Path:
         """Everything to resume from, written at the end of every epoch."""
         return self.path / "training.pt"
