@@ -87,8 +87,6 @@ class Monitor:
         machine = {"clips_per_s": self._clips_per_step / duration, "waiting": min(1.0, waited_s / duration)}
         if memory := peak_memory_gb():
             machine["memory_gb"] = memory
-        if self._steps == 0 and step > 1:  # what other processes have done does not count for the speed of this one
-            self._progress.reset(self._task, completed=(step - 1) * self._clips_per_step)
         self._steps += 1
         self._progress.update(self._task, completed=step * self._clips_per_step, details=self._details(values, memory))
         self._record("step", step, values | {"machine": machine})
