@@ -72,9 +72,16 @@ class Unloadable:
         return key
 
 
+def is_running(pid: int) -> bool:
+    """A process that has ended and waits for its parent to take note does not run."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
 def wait_for_the_end_of(pids: Iterable[int], within_s: float) -> None:
     deadline = time.monotonic() + within_s
-    while alive := [pid for pid in pids if os.path.exists(f"/proc/{pid}")]:
+    while alive := [pid for pid in pids if is_running(pid)]:
         assert time.monotonic() < deadline, f"reading processes outlive their pool: {alive}"
         time.sleep(0.02)
 
@@ -159,8 +166,44 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path: Path, ending: sig
         assert run.stdout is not None
         pids = [int(run.stdout.readline()) for _ in range(2)]
         run.send_signal(ending)
-        wait_for_the_end_of(pids, within_s=5)
-        run.wait(timeout=5)
+        wait_for_the_end_of(pids, within_s=20)
+        run.wait(timeout=20)
+
+
+def test_signals_to_all_processes_are_for_the_one_that_started_them(tmp_path: Path) -> None:
+    """As terminals and schedulers send them: the videos of the step that is under way are still read."""
+    requests = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    command = script(
+        tmp_path,
+        "noted = []\n"
+        f"for number in {[*map(int, requests)]}:\n"
+        "    signal.signal(number, lambda number, frame: noted.append(number))\n"
+        "with Workers(str, 2, 60) as pool:\n"
+        f"    for _ in range({len(requests)}):\n"
+        "        print(*pool.map(map(str, range(8))), flush=True)\n"
+        "        sys.stdin.readline()\n"
+        "print(noted)",
+    )
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        assert run.stdout is not None
+        assert run.stdin is not None
+        for request in requests:
+            assert run.stdout.readline() == "0 1 2 3 4 5 6 7\n"
+            os.killpg(run.pid, request)
+            time.sleep(0.2)  # whoever dies of it is dead
+            run.stdin.write("\n")
+            run.stdin.flush()
+        assert run.stdout.readline() == f"{[*map(int, requests)]}\n"
+        assert run.wait(60) == 0
+
+
+def test_a_pool_that_is_never_left_does_not_keep_its_process_from_ending(tmp_path: Path) -> None:
+    command = script(tmp_path, "pool = Workers(str, 2, 60).__enter__()\nprint(list(pool.map(['a'])))\n1 / 0")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
 
 
 @pytest.mark.parametrize("leave", ["at the end", "by an exception", "by closing the generator"])

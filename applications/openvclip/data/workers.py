@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import multiprocessing
 import os
@@ -13,12 +14,15 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from applications.openvclip.data.decode import VideoReadError
+
+_REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -60,17 +64,22 @@ class Workers(Generic[Key, Value]):
         self._threads = ThreadPoolExecutor(n)
 
     def __enter__(self) -> Workers[Key, Value]:
+        atexit.register(self._end)  # where the block is never left; Python itself would ask them to stop, and wait
         for worker in self._workers:
             worker.start()
             self._idle.put(worker)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        for worker in self._workers:
-            worker.end()
+        atexit.unregister(self._end)
+        self._end()
         self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.bury()
+
+    def _end(self) -> None:
+        for worker in self._workers:
+            worker.end()
 
     def map(self, keys: Iterable[Key], ahead: int | None = None) -> Iterator[Value | VideoReadError]:
         """The function's values in the order of the keys, worked out up to `ahead` keys before they are asked for.
@@ -122,7 +131,8 @@ class _Worker:
             try:
                 connection, theirs = self._context.Pipe()
                 process = self._context.Process(target=_serve, args=(theirs,), daemon=True, name="video reader")
-                process.start()
+                with _deaf_to_requests():
+                    process.start()
                 theirs.close()
                 self._running, self._is_ready = (process, connection), False
             except (EOFError, ConnectionError) as error:  # the server that forks them is gone
@@ -183,12 +193,27 @@ def _content(answer: tuple[str, Any]) -> Any:
     return VideoReadError(content) if kind == "unreadable" else content
 
 
+@contextmanager
+def _deaf_to_requests() -> Iterator[None]:
+    """What is started in the block, the server too, does not receive signals that ask to stop.
+
+    They are sent to all processes of a group or a job, and the one that trains is to end its step with the videos of
+    its workers; then it ends them. A blocked signal is inherited, and so leaves no time in which it would be heard.
+    """
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)
+    try:
+        resource_tracker.ensure_running()  # it unblocks some of them in this thread
+        signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
 def _serve(connection: Connection) -> None:
     """Take the function, then keys, and answer each until the other end closes. What was raised travels as text:
     not every exception can be pickled, and fewer can be unpickled."""
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted run ends its workers
     _end_with_the_parent()
     torch.set_num_threads(1)
     function: Callable[[Any], Any] | None = None
