@@ -39,6 +39,11 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def trace(self) -> Path:
+        """What a few steps spend their time on, if that was asked for."""
+        return self.path / "trace.json.gz"
+
+    @property
     def training_state(self) -> Path:
         """Everything to resume from, written at the end of every epoch."""
         return self.path / "training.pt"
