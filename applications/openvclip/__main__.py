@@ -1,6 +1,7 @@
 """The console script: `openvclip VERB …`.
 
-Exit codes: 0 done, 1 interrupted, or a fault of this program with its traceback, 2 bad input with one message.
+Exit codes: 0 done, 1 a video that `predict` could not read, or a fault of this program with its traceback, 2 bad input
+with one message, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from types import TracebackType
 VERBS = {
     "train": "fine-tune, average, patch and evaluate: the built-in miniature, or a recipe of the paper",
     "evaluate": "a finished run again, or weights from elsewhere, under the paper's protocols or your own",
+    "predict": "what videos show, among labels of your own",
     "compare": "the results of several evaluations in one table",
     "inspect": "a data set before using it: its videos, its classes, and what can't be read",
 }

@@ -17,6 +17,7 @@ OPTIONS = Path(__file__).with_name("options")
         ("train.txt", ["train", "miniature"]),
         ("evaluate.txt", ["evaluate"]),
         ("evaluate_run.txt", ["evaluate", "runs/mine"]),
+        ("predict.txt", ["predict"]),
         ("compare.txt", ["compare"]),
         ("inspect.txt", ["inspect"]),
     ],

@@ -56,6 +56,12 @@ class Video:
         return self._reader.frames_per_second
 
     @property
+    def times_s(self) -> np.ndarray:
+        """When each frame is shown, in seconds from the first on: (frames,), by the frame rate where no stamps tell."""
+        times = self._reader.times_s
+        return np.arange(len(self)) / self.frames_per_second if times is None else times
+
+    @property
     def shortfall(self) -> str:
         """How much of what the file announces is not in it, for a person to read; empty where it is whole."""
         return self._reader.shortfall

@@ -63,6 +63,14 @@ class Reader:
         return frame_rate(self._video, self.times)
 
     @property
+    def times_s(self) -> np.ndarray | None:
+        """When each frame is shown, in seconds from the first on; None where a frame has no time stamp."""
+        if self._video.time_base is None or any(time is None for time in self.times):
+            return None
+        times = np.sort(np.array(self.times, np.float64))  # packed B-frames swap their stamps
+        return (times - times[0]) * float(self._video.time_base)
+
+    @property
     def stream(self) -> Stream:
         """The facts, for which the first frame is decoded."""
         if self._first is None:

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -55,9 +55,7 @@ class Workers(Generic[Key, Value]):
             raise ValueError(f"workers must be at least 1, got {n}: the time limit on a video needs a process to end.")
         if not time_limit_s > 0:
             raise ValueError(f"the time limit must be positive, got {time_limit_s} s.")
-        # workers are forked from a server that has no threads and no CUDA, so that neither can be inherited broken
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "__main__", function.__class__.__module__, __name__])
+        context = _context(function.__class__.__module__)
         pickled = pickle.dumps(function)  # once: it may hold a manifest of millions of rows
         self._workers = [_Worker(context, pickled, time_limit_s) for _ in range(n)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -110,6 +108,24 @@ class Workers(Generic[Key, Value]):
             return worker.ask(key)
         finally:
             self._idle.put(worker)
+
+
+def start_early(module: str) -> None:
+    """Start the server that forks workers, which takes seconds, while this process does something else meanwhile.
+
+    Args:
+        module: That of the function that the workers will apply.
+    """
+    _context(module)
+    with _deaf_to_requests():
+        forkserver.ensure_running()
+
+
+def _context(module: str) -> Any:
+    """Workers are forked from a server that has no threads and no CUDA, so that neither can be inherited broken."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "__main__", module, __name__])
+    return context
 
 
 class _Worker:

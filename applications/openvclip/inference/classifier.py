@@ -133,8 +133,8 @@ class Classifier:
             VideoReadError: The video can't be read; the message says why.
             ValueError: A label set that is none.
         """
-        classes = self.embeddings_of(labels)
-        return self.ranked(self.logits(self.embed(self.read(video)), classes), labels)
+        self.embeddings_of(labels)  # a mistake among the labels is found before the video is read
+        return self.ranked(self.embed(self.read(video)), labels)
 
     def features(self, video: str | Path) -> Tensor:
         """The embedding of a video: (E,), of unit length, to be compared with those of texts and of other videos."""
@@ -187,12 +187,15 @@ class Classifier:
         # of one name its own embedding, bit for bit
         return torch.stack([e[0] if len(e) == 1 else F.normalize(e.mean(dim=0), dim=0) for e in several])
 
-    @staticmethod
-    def ranked(logits: Tensor, labels: Labels) -> dict[str, float]:
-        """The logits (V, K) of a video's views → each label with its probability, best first."""
-        probabilities = logits.double().mean(dim=0).softmax(dim=0).tolist()
+    def ranked(self, embeddings: Tensor, labels: Labels) -> dict[str, float]:
+        """The embeddings (V, E) of a video's views → each label with its probability, best first."""
+        (probabilities,) = self.probabilities(embeddings.mean(dim=0, keepdim=True), labels).tolist()
         found = zip((label for label, _ in label_set(labels)), probabilities, strict=True)
         return dict(sorted(found, key=lambda pair: -pair[1]))
+
+    def probabilities(self, embeddings: Tensor, labels: Labels) -> Tensor:
+        """Embeddings (B, E) → the probability of each label, (B, K) float64."""
+        return self.logits(embeddings, self.embeddings_of(labels)).double().softmax(dim=1).cpu()
 
 
 def _beside(anchor: dict[str, Tensor], theta: dict[str, Tensor]) -> dict[str, Tensor]:
