@@ -25,6 +25,7 @@ if __name__ != "__mp_main__":  # the processes that read videos import this scri
     from applications.openvclip.data.transforms import Normalisation
     from applications.openvclip.miniature import glyphs, tiny_clip
     from applications.openvclip.model.classifier import class_embeddings
+    from applications.openvclip.model.precision import Precision
     from applications.openvclip.model.prompts import OBJECT_TEMPLATES
     from applications.openvclip.model.video_encoder import VideoEncoder
     from applications.openvclip.runs.provenance import provenance
@@ -59,6 +60,7 @@ def main(classes: int = 4, videos_per_class: int = 3, runs: int = 5, workers: in
     torch.set_num_threads(1)
     source = tiny_clip.load_pretrained(torch.device("cpu"))
     reading = Reading(source.image_size, Normalisation(source.image_mean, source.image_std), workers, 60.0, 8, Cache())
+    precision = Precision("fp32", torch.device("cpu"))
     model = VideoEncoder(source.clip).eval()
     anchor = {name: p.detach() for name, p in trainable_weights(model).items()}
     theta = {name: p + 0.02 * torch.randn_like(p) for name, p in anchor.items()}
@@ -70,7 +72,7 @@ def main(classes: int = 4, videos_per_class: int = 3, runs: int = 5, workers: in
             decoded, accuracies = 0, {}
             for one, group in plan(protocols).items():
                 embeddings = class_embeddings(source.clip, source.tokenizer, one.classes, one.templates)
-                files = look(one, scorers, embeddings, reading, Path(folder), weights="")
+                files = look(one, scorers, embeddings, reading, Path(folder), precision=precision, weights="")
                 decoded += len(one.videos)
                 for protocol in group:
                     for scorer, accuracy in result_of(protocol, one, files).accuracy.items():

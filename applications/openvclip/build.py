@@ -20,6 +20,7 @@ from applications.openvclip.data.transforms import Normalisation, normalised
 from applications.openvclip.miniature import tasks, tiny_clip
 from applications.openvclip.model import pretrained
 from applications.openvclip.model.classifier import class_embeddings
+from applications.openvclip.model.precision import Precision
 from applications.openvclip.model.pretrained import PretrainedCLIP
 from applications.openvclip.model.prompts import TEMPLATES
 from applications.openvclip.model.video_encoder import VideoEncoder
@@ -130,6 +131,8 @@ def evaluation(source: PretrainedCLIP, config: Config, protocols: Sequence[Proto
         protocols=protocols,
         passes=embedded(protocols, source.clip, source.tokenizer),
         anchor_weights=(e.anchor_weight, *e.anchor_weights),
+        precision=Precision(e.precision, distributed.device()),
+        compile=e.compile,
         reading=Reading(
             size=source.image_size,
             normalisation=normalisation(source),

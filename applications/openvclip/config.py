@@ -104,6 +104,10 @@ class EvaluationConfig:
     """Where the lists of each data set are that a protocol needs."""
     unreadable: Literal["wrong", "left-out"] = "wrong"
     """What a video is that can't be read: a wrong answer, or no part of the set."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """In which numbers scores are computed: float32, TF32 on a GPU, or autocast to bfloat16 or float16."""
+    compile: bool = False
+    """Whether to compile the model first, which takes minutes and pays where there are many videos."""
 
 
 @dataclass(frozen=True)

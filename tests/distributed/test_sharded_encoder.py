@@ -10,6 +10,7 @@ from torch.func import functional_call
 from two_ranks import WORLD_SIZE, on_two_ranks
 
 from applications.openvclip.miniature import tiny_clip
+from applications.openvclip.model.precision import Precision
 from applications.openvclip.model.sharding import shard
 from applications.openvclip.model.video_encoder import VideoEncoder
 from interpolate import InterpolatedWeightRegularizer, SWAAverager
@@ -100,6 +101,29 @@ def gradients_of_shards_are_those_of_a_whole_encoder(rank: int) -> None:
         (loss_of(shards, *batch_of(rank, 0)) / 2).backward()
     assert gradients(shards).keys() == dict(whole.named_parameters()).keys()
     torch.testing.assert_close(gradients(shards), gradients(whole), rtol=1e-7, atol=1e-12)
+
+
+def all_ranks_leave_out_a_step_that_overflows_on_one(rank: int) -> None:
+    encoder, precision = sharded(tuned().float()), Precision("fp16", torch.device("cpu"))
+    before = full({n: p.detach().clone() for n, p in encoder.named_parameters()})
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=1e-3)
+    clips, labels, classes = batch_of(rank, 0)
+    for step in range(2):
+        optimizer.zero_grad()
+        with precision.autocast():
+            loss = loss_of(encoder, clips.float(), labels, classes.float())
+        precision.scaler.scale(loss).backward()
+        if step == 0 and rank == 1:
+            encoder.visual.proj.grad.to_local()[0, 0] = torch.inf
+        precision.scaler.unscale_(optimizer)
+        gradient = gradients(encoder)
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
+        after = full({n: p.detach().clone() for n, p in encoder.named_parameters()})
+        assert all(torch.equal(after[n], before[n]) for n in before) == (step == 0)
+    assert precision.scaler.get_scale() == 2**15
+    expected = {n: before[n] - 1e-3 * gradient[n] for n in before}
+    torch.testing.assert_close(after, expected, rtol=0, atol=1e-7)  # float32
 
 
 def every_block_gathers_its_own_weights(rank: int) -> None:

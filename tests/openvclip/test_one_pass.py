@@ -137,6 +137,17 @@ def test_an_evaluation_that_is_complete_decodes_nothing_again(
     assert stamps == {path: path.stat().st_mtime_ns for path in (once / "logits").glob("*/*.logits")}
 
 
+def test_logits_of_another_precision_are_not_gone_on_with(world: Path, tmp_path: Path) -> None:
+    found = {}
+    for precision in ("fp32", "bf16"):
+        evaluate.main([*command(world, tmp_path, "EP2"), "--precision", precision])
+        (folder,) = (f for f in (tmp_path / "logits").iterdir() if f not in found)
+        found[folder] = json.loads((folder / "pass.json").read_text())
+    assert [content["precision"] for content in found.values()] == ["fp32", "bf16"]
+    fp32, bf16 = (next(LogitFiles(tmp_path / "logits", content).chunks())[1] for content in found.values())
+    assert 1e-4 < np.abs(bf16 - fp32).max() < 0.5
+
+
 def test_a_killed_evaluation_goes_on_where_it_was(world: Path, once: Path, tmp_path: Path) -> None:
     arguments = command(world, tmp_path, "EP1", "EP2", "EP3")
     process = subprocess.Popen(

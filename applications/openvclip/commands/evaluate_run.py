@@ -26,6 +26,10 @@ class OfRun:
     """Where the lists of each data set are that a protocol needs."""
     unreadable: Literal["wrong", "left-out"] | None = None
     """What a video is that can't be read: a wrong answer, or no part of the set."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] | None = None
+    """In which numbers scores are computed."""
+    compile: bool | None = None
+    """Whether to compile the model first."""
     batch_size: int | None = None
     """Videos at a time."""
     workers: int | None = None
@@ -39,7 +43,8 @@ class OfRun:
         def given(*names: str) -> dict[str, object]:
             return {name: getattr(self, name) for name in names if getattr(self, name) not in (None, (), {})}
 
-        names = ("anchor_weight", "anchor_weights", "protocols", "videos", "lists", "unreadable", "batch_size")
+        names = ("anchor_weight", "anchor_weights", "protocols", "videos", "lists", "unreadable")
+        names += ("precision", "compile", "batch_size")
         data = given("workers", "time_limit_s") | ({"test": ()} if self.protocols else {})
         return replace(
             config, evaluation=replace(config.evaluation, **given(*names)), data=replace(config.data, **data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from open_clip.model import CLIP
@@ -84,13 +85,16 @@ class VideoEncoder(nn.Module):
 
     def embed(self, video: Tensor) -> Tensor:
         """The mean of the unit embeddings of a clip's frames: (B, 3, T, H, W) → (B, E), no longer of unit length."""
-        return F.normalize(self.encode(video), dim=-1).mean(dim=1)
+        features = self.encode(video)
+        features = features.to(torch.promote_types(features.dtype, torch.float32))  # from autocast's
+        return F.normalize(features, dim=-1).mean(dim=1)
 
     def logits(self, embeddings: Tensor, class_embeddings: Tensor) -> Tensor:
-        """Embeddings of clips (B, E) and of classes (K, E) → (B, K)."""
+        """Embeddings of clips (B, E) and of classes (K, E) → (B, K), in their precision under autocast too."""
         scale = self.logit_scale
         scale = scale.to_local() if isinstance(scale, DTensor) else scale
-        return scale.exp() * embeddings @ class_embeddings.T
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return scale.exp() * embeddings @ class_embeddings.T.to(embeddings.dtype)
 
 
 class VideoBlock(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from applications.openvclip import distributed
 from applications.openvclip.model.classifier import Tokenizer, class_embeddings
+from applications.openvclip.model.precision import Precision
 from applications.openvclip.model.temporal_attention import Edge
 from applications.openvclip.model.video_encoder import VideoEncoder
 from applications.openvclip.progress import progress_bar
@@ -36,6 +37,8 @@ class Evaluation:
     """What to look at once, for which of the protocols, and the embeddings of its classes (`embedded`)."""
     anchor_weights: Sequence[float]
     """Where to evaluate along the path; at 0, the fine-tuned weights themselves, always."""
+    precision: Precision
+    compile: bool
     reading: Reading
 
     def __post_init__(self) -> None:
@@ -56,7 +59,7 @@ class Evaluation:
             theta: The fine-tuned weights, under the same names.
             folder: Where logits are kept; an evaluation that was interrupted goes on with them.
         """
-        scorers = scorers_of(self.clip, self.edge, anchor, theta, self.anchor_weights)
+        scorers = scorers_of(self.clip, self.edge, anchor, theta, self.anchor_weights, compiled=self.compile)
         results: dict[str, ProtocolResult] = {}
         with progress_bar() as progress:
             task = progress.add_task("evaluating", total=sum(len(one.videos) for one in self.passes))
@@ -70,6 +73,7 @@ class Evaluation:
                     embeddings,
                     self.reading,
                     folder,
+                    precision=self.precision,
                     weights=f"{fingerprint(weights)}, edge {self.edge}",
                     advance=lambda n: progress.advance(task, n),
                 )
@@ -89,13 +93,22 @@ def embedded(
 
 
 def scorers_of(
-    clip: CLIP, edge: Edge, anchor: Weights, theta: Weights | None, anchor_weights: Sequence[float]
+    clip: CLIP,
+    edge: Edge,
+    anchor: Weights,
+    theta: Weights | None,
+    anchor_weights: Sequence[float],
+    *,
+    compiled: bool = False,
 ) -> dict[str, Scorer]:
     """CLIP* and, where there are fine-tuned weights, the model at every anchor weight, by name."""
-    scorers = {BASELINE: at_weights(VideoEncoder(clip, temporal=False).eval(), anchor)}
+    per_frame, temporal = VideoEncoder(clip, temporal=False).eval(), VideoEncoder(clip, edge=edge).eval()
+    if compiled:
+        per_frame.compile()  # in place, so that names stay; weights are inputs: one compilation serves them all
+        temporal.compile()
+    scorers = {BASELINE: at_weights(per_frame, anchor)}
     if theta is None:
         return scorers
-    temporal = VideoEncoder(clip, edge=edge).eval()
     device = distributed.device()
     theta = {name: tensor.to(device) for name, tensor in theta.items()}
     weights = sorted({0.0, *anchor_weights})

@@ -18,6 +18,7 @@ from applications.openvclip.data.decode import VideoReadError
 from applications.openvclip.data.storage import Cache
 from applications.openvclip.data.transforms import Normalisation, normalised
 from applications.openvclip.data.workers import Workers
+from applications.openvclip.model.precision import Precision
 from applications.openvclip.zeroshot.logits import LogitFiles
 from applications.openvclip.zeroshot.passes import Pass
 from interpolate.weights import Weights
@@ -54,6 +55,7 @@ def look(
     reading: Reading,
     folder: Path,
     *,
+    precision: Precision,
     weights: str,
     advance: Callable[[int], object] = lambda n: None,
 ) -> LogitFiles:
@@ -65,6 +67,7 @@ def look(
         class_embeddings: (K, E): those of the pass's classes.
         reading: How videos are read.
         folder: Where the logits are kept; the same pass there is continued.
+        precision: In which numbers to score.
         weights: A fingerprint of what the scorers compute with, to tell passes apart.
         advance: Told how many more videos have been read, by all processes as far as the files tell.
 
@@ -80,6 +83,7 @@ def look(
         "templates": list(one.templates),
         "sampling": asdict(one.sampling),
         "size": reading.size,
+        "precision": precision.name,
         "scorers": list(scorers),
         "views": views,
         "classes": list(one.classes),
@@ -112,7 +116,9 @@ def look(
                     files.append_fault(distributed.rank(), "cut-off", i, shortfall)
             if read:
                 clips = torch.from_numpy(np.stack(list(read.values()))).to(class_embeddings.device)
-                logits = _score(scorers, normalised(clips, reading.normalisation), class_embeddings)
+                clips = normalised(clips, reading.normalisation)
+                with precision.autocast():
+                    logits = _score(scorers, clips, class_embeddings)
                 files.append(distributed.rank(), list(read), logits)
             found = files.count()
             advance(found - counted - len(chunk))  # what the others have done meanwhile
