@@ -1,6 +1,6 @@
 """Fine-tune without forgetting: interpolated weight regularization, weight averaging and patching for PyTorch."""
 
-from interpolate.averaging import EMAAverager, LAWAAverager, SWAAverager, WeightAverager
+from interpolate.averaging import EMAAverager, KernelAverager, LAWAAverager, SWAAverager, WeightAverager
 from interpolate.batchnorm import reestimate_batchnorm
 from interpolate.depth import by_depth
 from interpolate.errors import CheckpointError, WeightMismatchError
@@ -15,6 +15,7 @@ __all__ = [
     "CheckpointError",
     "EMAAverager",
     "InterpolatedWeightRegularizer",
+    "KernelAverager",
     "LAWAAverager",
     "SWAAverager",
     "WeightAverager",

@@ -1,7 +1,7 @@
-"""Two ways to run a function of a model at interpolated weights, its backward pass included.
+"""Ways to run a function of a model at other weights that leave the model as it was, whatever happens.
 
-Both add the gradients at the interpolated weights, unscaled, to the `.grad` of the model's own parameters, and leave
-the model as it was, whatever happens: weights, buffers, and the gradients of what is not interpolated.
+Two at interpolated weights, the backward pass included: both add the gradients there, unscaled, to the `.grad` of the
+model's own parameters. And one at any weights, without gradient.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from interpolate._isolation import isolated
-from interpolate._sharding import inner, is_sharded, local, reshard
-from interpolate.weights import Weights, listed
+from interpolate._sharding import inner, is_sharded, like, local, reshard
+from interpolate.errors import WeightMismatchError
+from interpolate.weights import Weights, check_match, listed, persistent_buffers, trainable_weights
 
 T = TypeVar("T")
 Parameters = Mapping[str, nn.Parameter]
@@ -38,7 +39,7 @@ def functional(
     for name, leaf in leaves.items():
         leaf.requires_grad_().grad, theta[name].grad = theta[name].grad, None
     try:
-        result = call_at(model, theta, leaves, function)
+        result = call_at(model, {id(p): leaves[name] for name, p in theta.items()}, function)
         leaked = [name for name, p in theta.items() if p.grad is not None]
     finally:
         for name, leaf in leaves.items():
@@ -76,10 +77,42 @@ def in_place(
 STRATEGIES = {"functional": functional, "in_place": in_place}
 
 
-def call_at(model: nn.Module, theta: Parameters, weights: Weights, function: Callable[[nn.Module], T]) -> T:
-    """A function of the model by `functional_call`, with `weights` in place of `theta` and copies of all its state."""
-    stand_ins = {id(p): weights[name] for name, p in theta.items()}
-    stand_ins |= {id(p): p.detach().clone() for p in model.parameters() if p.requires_grad and id(p) not in stand_ins}
+def without_gradient(model: nn.Module, weights: Weights, buffers: Weights, function: Callable[[nn.Module], T]) -> T:
+    """At weights for all that is trainable, and buffers in place of the model's own of these names.
+
+    Nothing of the model is touched, or, where weights are sharded, it is swapped and restored bit for bit and unseen by
+    autograd: a graph that is waiting for its backward pass takes no notice.
+    """
+    _check_wrappers(model)
+    if scripted := _scripted(model):
+        raise RuntimeError(
+            f"TorchScript ({scripted}) keeps its weights and buffers out of reach of a pass at other weights. Use "
+            "`with interpolate.applied(model, weights):` before the forward pass that is trained."
+        )
+    theta, own = trainable_weights(model), persistent_buffers(model)
+    check_match(theta, weights, sides=("the model", "the set of weights to run it at"))
+    unknown = [name for name in buffers if name not in own]
+    if unknown:
+        raise WeightMismatchError(f"{len(unknown)} buffers ({listed(unknown)}) are not in {type(model).__name__}.")
+    stand_ins: dict[int, Tensor] = {id(own[name]): like(b, own[name]).clone() for name, b in buffers.items()}
+    with torch.no_grad():
+        values = {id(p): like(weights[name], p) for name, p in theta.items()}
+        if not any(map(is_sharded, theta.values())):
+            return call_at(inner(model), stand_ins | values, function)
+        shards = [local(p).data for p in theta.values()]  # without the counter by which autograd sees changes
+        with isolated(inner(model), stand_ins | {id(p): p for p in theta.values()}), _restored(shards):
+            try:
+                torch._foreach_copy_(shards, [local(value) for value in values.values()])
+                _forget_copies(model)
+                return function(inner(model))
+            finally:
+                _forget_copies(model)
+
+
+def call_at(model: nn.Module, stand_ins: dict[int, Tensor], function: Callable[[nn.Module], T]) -> T:
+    """A function of the model by `functional_call`, with stand-ins for tensors by id and copies of all its state."""
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in stand_ins]
+    stand_ins = stand_ins | {id(p): p.detach().clone() for p in others}
     with isolated(model, stand_ins):
         parameters = {f"model.{name}": stand_ins.get(id(p), p) for name, p in model.named_parameters()}
         buffers = {f"model.{name}": buffer for name, buffer in model.named_buffers()}
@@ -167,10 +200,14 @@ def _obstacle_to_functional(model: nn.Module, theta: Parameters) -> str | None:
     hooked = [name for name, p in theta.items() if getattr(p, "_backward_hooks", None)]
     if hooked:
         return f"gradient hooks of parameters ({listed(hooked)}) would not see gradients at the interpolated weights"
-    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
-    if scripted:
-        return f"TorchScript ({listed(name or 'the model' for name in scripted)}) keeps its weights out of reach"
+    if scripted := _scripted(model):
+        return f"TorchScript ({scripted}) keeps its weights out of reach"
     return None
+
+
+def _scripted(model: nn.Module) -> str:
+    """The modules that are TorchScript's, empty if there are none."""
+    return listed(n or "the model" for n, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule))
 
 
 CHECKPOINTED = (

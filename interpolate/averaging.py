@@ -1,33 +1,53 @@
-"""Averages of the weights along the trajectory of training: equal weights, exponential, the latest few."""
+"""Averages of the weights along the trajectory of training: by a kernel, equal weights, exponential, the latest few."""
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from interpolate._averager import WeightAverager
+from interpolate._averager import WeightAverager, in_parts
 from interpolate._sharding import local
-
-_CHUNK = 2**17
-"""Numbers cast to float64 at a time on a CPU: the cast ones stay in its cache."""
+from interpolate.kernels import EMA, OfRun, RunningKernel, Uniform
 
 _HEAVIEST = 2.0**60
 """Total weight at which a sum is scaled down, far from where float64 would overflow."""
 
 
-class _WeightedMean(WeightAverager):
-    """`sum(w_n * theta_n) / sum(w_n)`, for any weights that are known when a snapshot is taken."""
+class KernelAverager(WeightAverager):
+    """The average with the weights of a kernel, which it follows snapshot by snapshot in the memory of one sum.
 
-    @abstractmethod
-    def _weight(self) -> float:
-        """The weight of the next snapshot where those so far weigh `_total_weight` together."""
+    Args:
+        kernel: From `interpolate.kernels`; one that stretches with the run, with its number of snapshots:
+            `Beta(0.5, 0.5).over(22)`. Snapshots are counted from 1, the anchor too if the average starts there.
+        schedule: As for `WeightAverager`.
+
+    Example:
+        >>> import torch
+        >>> from interpolate.kernels import Power
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> averager = KernelAverager(model, Power(1))
+        >>> for value in (0.0, 1.0):
+        ...     _ = torch.nn.init.constant_(model.weight, value)
+        ...     averager.update()
+        >>> averager.weights
+        {'weight': tensor([[0.7500]])}
+    """
+
+    def __init__(self, model: nn.Module, kernel: RunningKernel, **schedule: Any) -> None:
+        if isinstance(kernel, OfRun):
+            raise ValueError(
+                f"{kernel} depends on how many snapshots there will be; say so: {kernel}.over(22) for 22 of them."
+            )
+        if not isinstance(kernel, RunningKernel):
+            raise ValueError(f"kernel must be one of interpolate.kernels, such as Uniform(), got {kernel!r}.")
+        self.kernel = kernel
+        super().__init__(model, **schedule)
 
     def _absorb(self, snapshot: list[Tensor]) -> None:
-        weight = self._weight()
+        weight = self.kernel.weight(self.n_averaged + 1, self._total_weight) if self.n_averaged else 1.0
         sums = [local(total) for total in self._sets[0].values()]
         if self._total_weight + weight > _HEAVIEST:
             scale = 2.0 ** -math.frexp(self._total_weight + weight)[1]  # a power of two: exact
@@ -38,8 +58,11 @@ class _WeightedMean(WeightAverager):
             _add(total, theta.to(total.device), weight)
         self._total_weight += weight
 
+    def _kind(self) -> str:
+        return f"KernelAverager({self.kernel})"
 
-class SWAAverager(_WeightedMean):
+
+class SWAAverager(KernelAverager):
     """Stochastic weight averaging: `theta_swa = (theta_swa * n + theta) / (n + 1)`.
 
     Averaging and interpolating commute, so the mean is taken of theta and patched once at the end. Re-estimate
@@ -60,20 +83,23 @@ class SWAAverager(_WeightedMean):
         {'weight': tensor([[1.5000]])}
     """
 
-    def _weight(self) -> float:
-        return 1.0
+    def __init__(self, model: nn.Module, **schedule: Any) -> None:
+        super().__init__(model, Uniform(), **schedule)
 
 
-class EMAAverager(_WeightedMean):
+class EMAAverager(KernelAverager):
     """Exponential moving average: `theta_ema = d * theta_ema + (1 - d) * theta`; the first snapshot starts it.
 
-    With `warmup`, `d = min(decay, (1 + n) / (10 + n))` after n snapshots, so that early weights are soon forgotten.
+    With `warmup`, `d = min(decay, (1 + n) / (10 + n))` after n snapshots, so that early weights are soon forgotten; do
+    without it where the average is to remember the anchor that it starts at.
 
     Source: Polyak & Juditsky 1992; the warm-up is that of TensorFlow's `ExponentialMovingAverage(num_updates)`.
 
     Args:
-        decay: In [0, 1); the average reaches about `1 / (1 - decay)` snapshots back.
+        decay: The weight of the average, in [0, 1); that of theta is `1 - decay`, and the average reaches about
+            `1 / (1 - decay)` snapshots back.
         warmup: Whether the decay begins lower.
+        schedule: As for `WeightAverager`.
 
     Example:
         >>> import torch
@@ -87,17 +113,7 @@ class EMAAverager(_WeightedMean):
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999, *, warmup: bool = True, **schedule: Any) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {decay}.")
-        super().__init__(model, **schedule)
-        self.decay = decay
-        self.warmup = warmup
-
-    def _weight(self) -> float:
-        n = self.n_averaged
-        decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
-        decay = max(decay, 2.0**-900)  # 0 too: what is left of earlier snapshots is below the least float32
-        return self._total_weight * (1 - decay) / decay if n else 1.0
+        super().__init__(model, EMA(decay, warmup), **schedule)
 
 
 class LAWAAverager(WeightAverager):
@@ -143,7 +159,5 @@ def _add(total: Tensor, tensor: Tensor, weight: float) -> None:
         total.add_(tensor, alpha=weight)  # one kernel casts and adds
         return
     # torch's loop over two dtypes takes 1.5 times as long on a CPU as casting what fits into its cache
-    total, tensor = torch.atleast_1d(total), torch.atleast_1d(tensor)
-    rows = max(1, _CHUNK // max(1, math.prod(total.shape[1:])))
-    for part, more in zip(total.split(rows), tensor.split(rows), strict=True):
+    for part, more in in_parts(total, tensor):
         part.add_(more.double(), alpha=weight)

@@ -11,7 +11,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from interpolate._alphas import AlphaSequence
 from interpolate._sharding import inner, is_sharded, like, local
-from interpolate._strategies import CHECKPOINTED, STRATEGIES, call_at, choose_strategy, has_reentrant_checkpoint
+from interpolate._strategies import (
+    CHECKPOINTED,
+    STRATEGIES,
+    call_at,
+    choose_strategy,
+    has_reentrant_checkpoint,
+    without_gradient,
+)
 from interpolate.errors import WeightMismatchError
 from interpolate.pulling import pull_tensors
 from interpolate.weights import Weights, check_match, listed, trainable_weights
@@ -192,11 +199,12 @@ class InterpolatedWeightRegularizer(AlphaSequence):
             )
         step, theta = self.step, self._trainable()
         tilde = {name: torch.lerp(p, self.anchor[name], self.alpha) for name, p in theta.items()}
+        stand_ins = {id(p): tilde[name] for name, p in theta.items()}
         if not torch.is_grad_enabled():
-            return call_at(self.model, theta, tilde, lambda model: model(*args, **kwargs))
+            return call_at(self.model, stand_ins, lambda model: model(*args, **kwargs))
         torch.autograd.graph.register_multi_grad_hook(tuple(tilde.values()), lambda _: self._end(step), mode="any")
         with torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTED):
-            output = call_at(self.model, theta, tilde, lambda model: model(*args, **kwargs))
+            output = call_at(self.model, stand_ins, lambda model: model(*args, **kwargs))
         if has_reentrant_checkpoint(output):
             raise RuntimeError(CHECKPOINTED)
         return output
@@ -216,6 +224,18 @@ class InterpolatedWeightRegularizer(AlphaSequence):
         """
         theta = self._trainable()
         pull_tensors(self.anchor, theta if toward is None else toward, weight, sides=("the anchor", "toward"))
+
+    def at_anchor(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward pass at the anchor, without gradient: a teacher for the loss; see `run_at_anchor`."""
+        return self.run_at_anchor(lambda model: model(*args, **kwargs))
+
+    def run_at_anchor(self, function: Callable[[nn.Module], T]) -> T:
+        """Call a function with the model at the anchor and its own buffers, without gradient; it ends no step.
+
+        As `WeightAverager.run` does for an average: at any time, and nothing of the model changes.
+        """
+        self._trainable()
+        return without_gradient(self.model, self.anchor, {}, function)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs: the step, the seed and the anchor."""

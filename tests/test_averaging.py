@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from random_modules import identical, modules, moved, snapshot
 from torch import nn
 
-from interpolate import EMAAverager, LAWAAverager, SWAAverager, WeightAverager, WeightMismatchError, patch
+from interpolate import (
+    EMAAverager,
+    KernelAverager,
+    LAWAAverager,
+    SWAAverager,
+    WeightAverager,
+    WeightMismatchError,
+    patch,
+)
+from interpolate.kernels import EMA, Beta, Exponential, ExponentialOfRun, Gaussian, Kernel, OfRun, Power, Uniform
 from interpolate.weights import trainable_weights
 
 FAMILY = [SWAAverager, partial(EMAAverager, decay=0.7), partial(LAWAAverager, k=2)]
@@ -93,6 +102,114 @@ def test_ema_follows_its_recurrence(model: nn.Module, n: int, decay: float, warm
             d = min(decay, (1 + i) / (10 + i)) if warmup else decay
             expected = d * expected + (1 - d) * theta
         torch.testing.assert_close(tensor, expected, rtol=1e-12, atol=1e-12)
+
+
+KERNELS: list[Kernel] = [
+    Uniform(),
+    EMA(0.9),
+    Exponential(3),
+    Exponential(0.05),  # the sum is scaled down at every snapshot
+    ExponentialOfRun(0.1),
+    Power.of_width(0.05),
+    Power(-0.5),
+    Gaussian(15, 4),
+    Beta(0.5, 0.5),
+]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@pytest.mark.parametrize("start_at", ["anchor", None])
+def test_an_average_by_a_kernel_is_the_direct_sum(kernel: Kernel, start_at):
+    n = 30
+    model = nn.Linear(3, 2).double()
+    averager = KernelAverager(model, kernel.over(n) if isinstance(kernel, OfRun) else kernel, start_at=start_at)
+    points = [snapshot(model)] if start_at else []
+    assert averager.n_averaged == len(points)
+    while len(points) < n:
+        model.load_state_dict(moved(model).state_dict())
+        averager.update()
+        points.append(snapshot(model))
+    for name, average in averager.weights.items():
+        stacked = torch.stack([point[name] for point in points]).flatten(1)
+        direct = (kernel.weights(n) @ stacked).view_as(average)
+        torch.testing.assert_close(average, direct, rtol=1e-12, atol=1e-12)  # the largest terms are about 5
+
+
+def test_an_average_that_begins_at_the_anchor_is_there_at_once_and_resumes():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 1.0)
+    averager = EMAAverager(model, decay=0.75, warmup=False, start_at="anchor", start_step=1, cycle_steps=2)
+    assert averager.weights["weight"].item() == 1
+    for value in (7.0, 8.0, 5.0):  # the third is a snapshot
+        nn.init.constant_(model.weight, value)
+        averager.update()
+    assert averager.weights["weight"].item() == 0.75 * 1 + 0.25 * 5
+    resumed = EMAAverager(model, decay=0.75, warmup=False, start_at="anchor", start_step=1, cycle_steps=2)
+    resumed.load_state_dict(averager.state_dict())  # which holds the anchor that the run began at
+    assert (resumed.weights, resumed.n_averaged, resumed.step) == (averager.weights, 2, 3)
+    with pytest.raises(ValueError, match="start_at must be 'anchor' or None, got 'zero'"):
+        SWAAverager(model, start_at="zero")
+
+
+def test_the_state_of_another_kernel_is_refused():
+    model = nn.Linear(1, 1)
+    SWAAverager(model).load_state_dict(KernelAverager(model, Uniform()).state_dict())
+    with pytest.raises(ValueError, match=r"of KernelAverager\(Power\(exponent=1\)\), this averager is .*=2\)\)"):
+        KernelAverager(model, Power(2)).load_state_dict(KernelAverager(model, Power(1)).state_dict())
+
+
+def test_what_is_no_running_kernel_is_refused():
+    kernels: list = [Beta(2, 2), "power:0.1"]
+    with pytest.raises(ValueError, match=r"Beta\(a=2, b=2\) depends on how many .* say so: Beta\(a=2, b=2\)\.over"):
+        KernelAverager(nn.Linear(1, 1), kernels[0])
+    with pytest.raises(ValueError, match=r"kernel must be one of interpolate\.kernels.* got 'power:0\.1'"):
+        KernelAverager(nn.Linear(1, 1), kernels[1])
+    model = nn.Linear(1, 1)
+    averager = KernelAverager(model, Beta(2, 2).over(1))
+    averager.update()
+    before = averager.state_dict()["averages"]["0"]["weight"].clone()
+    with pytest.raises(ValueError, match="snapshot 2 of a run of 1"):
+        averager.update()
+    assert torch.equal(averager.state_dict()["averages"]["0"]["weight"], before)
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_buffers_that_a_pattern_fits_are_averaged_like_the_weights(kind):
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)).double()
+    averager = kind(model, averaged_buffers=("*.running_*",))
+    reference = kind(nn.ParameterDict({"mean": torch.zeros(2).double(), "var": torch.ones(2).double()}))
+    for _ in range(3):
+        model(torch.randn(8, 2).double())
+        averager.update()
+        reference.model["mean"].data.copy_(model[1].running_mean)
+        reference.model["var"].data.copy_(model[1].running_var)
+        reference.update()
+    assert torch.equal(averager.buffers["1.running_mean"], reference.weights["mean"])
+    assert torch.equal(averager.buffers["1.running_var"], reference.weights["var"])
+    assert averager.buffers["1.num_batches_tracked"] == 3
+    assert averager.weights.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    with averager.applied() as average:
+        assert torch.equal(average[1].running_var, reference.weights["var"])
+    resumed = kind(model, averaged_buffers=("*.running_*",))
+    resumed.load_state_dict(averager.state_dict())
+    for a in (averager, resumed):
+        a.update()
+    assert identical(resumed.buffers, averager.buffers)
+    with pytest.raises(WeightMismatchError, match=r"4 of 4 weights|missing \(0\.running_mean|unexpected"):
+        kind(model).load_state_dict(averager.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ("running_mean", r"must be a sequence of patterns, got 'running_mean': write \('running_mean',\)"),
+        (["*.running_mean"], r"'\*\.running_mean' in averaged_buffers fits none of the buffers \(running_mean, "),
+        (["*"], r"averaged_buffers fits num_batches_tracked \(int64\): only floating point has a mean"),
+    ],
+)
+def test_patterns_of_buffers_that_fit_nothing_or_codes_are_refused(patterns, message: str):
+    with pytest.raises(ValueError, match=message):
+        SWAAverager(nn.BatchNorm1d(2), averaged_buffers=patterns)
 
 
 @pytest.mark.parametrize("kind", FAMILY)
@@ -195,7 +312,7 @@ def test_arguments_outside_their_range_are_refused(kind, message: str):
 
 def test_the_state_of_another_kind_of_average_is_refused():
     model = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match="the state is of LAWAAverager, this averager is SWAAverager"):
+    with pytest.raises(ValueError, match=r"of LAWAAverager, this averager is KernelAverager\(Uniform\(\)\)"):
         SWAAverager(model).load_state_dict(LAWAAverager(model, k=1).state_dict())
     with pytest.raises(ValueError, match="the state holds 2 sets of weights, this averager 1"):
         LAWAAverager(model, k=1).load_state_dict(LAWAAverager(model, k=2).state_dict())

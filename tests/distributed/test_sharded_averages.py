@@ -1,3 +1,4 @@
+import copy
 import tempfile
 from functools import partial
 
@@ -10,18 +11,22 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
 from two_ranks import WORLD_SIZE, on_two_ranks
 
 from interpolate import (
     EMAAverager,
+    InterpolatedWeightRegularizer,
     LAWAAverager,
     SWAAverager,
     WeightAverager,
     WeightMismatchError,
+    load_weights,
     patch,
     reestimate_batchnorm,
     slerp,
 )
+from interpolate.weights import trainable_weights
 
 FAMILY = [SWAAverager, partial(EMAAverager, decay=0.7), partial(LAWAAverager, k=2)]
 
@@ -165,6 +170,84 @@ def long_averages_of_shards_are_within_a_last_bit(rank: int) -> None:
             for average in full(averager.weights).values():
                 assert average.dtype is torch.float32
                 torch.testing.assert_close(average, torch.full_like(average, 1 + 0.9 / 128), rtol=2**-23, atol=0)
+
+
+def train_with_teacher(model: nn.Module, x: Tensor, teacher, first: bool) -> dict[str, Tensor]:
+    """The gradients of a step towards a teacher, asked before the student's forward pass or after it."""
+    target = teacher(x) if first else None
+    output = model(x)
+    target = teacher(x) if target is None else target
+    assert not target.requires_grad
+    (output - target).square().mean().backward()
+    found = full({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    model.zero_grad()
+    return found
+
+
+def a_sharded_teacher_is_that_of_an_explicit_copy_and_leaves_no_trace(rank: int) -> None:
+    x = torch.randn(4, 5).double()  # the same on both ranks: the mean of the gradients is that of either
+    for options in ({}, {"reshard_after_forward": False}):
+        model = fully_shard(network(), mesh=init_device_mesh("cpu", (WORLD_SIZE,)), **options)
+        averager = SWAAverager(model, start_at="anchor")
+        regularizer = InterpolatedWeightRegularizer(model)
+        train(model, averager, 2)
+        buffers = {n: b.clone() for n, b in model.named_buffers()}
+        theta = {n: t.clone() for n, t in full(dict(model.named_parameters())).items()}
+        for weights, teacher in ((averager.weights, averager), (regularizer.anchor, regularizer.at_anchor)):
+            student, copied = network(), network().requires_grad_(False)
+            load_weights(student, theta)
+            load_weights(copied, {**full(weights), **averager.buffers})
+            for first in (True, False):
+                expected = train_with_teacher(student, x, copied, first)
+                found = train_with_teacher(model, x, teacher, first)
+                torch.testing.assert_close(found, expected)
+                torch.testing.assert_close(full(dict(model.named_parameters())), theta, rtol=0, atol=0)
+            load_weights(model, buffers)
+
+
+def a_teacher_may_be_asked_within_the_loss_on_shards(rank: int) -> None:
+    x, anchor = torch.randn(4, 5).double(), {n: p.cos() for n, p in network().named_parameters()}
+    found = []
+    for build in (sharded, network):
+        model = build()
+        averager = SWAAverager(model, start_at="anchor")
+        train(model, averager, 2)
+        regularizer = InterpolatedWeightRegularizer(model, anchor=anchor, alpha_per_rank=False)
+        loss = regularizer.backward(lambda model, a=averager: (model(x) - a(x)).square().mean())
+        found.append((loss, full({n: p.grad for n, p in model.named_parameters()})))
+    torch.testing.assert_close(*found)
+
+
+def collectives_of(call) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return sum(event.count for event in profile.key_averages() if event.key.startswith("gloo:"))
+
+
+def check_teacher_under_ddp(ddp: nn.Module, x: Tensor) -> None:
+    averager = SWAAverager(ddp, start_at="anchor")
+    train(ddp, averager, 2)
+    regularizer = InterpolatedWeightRegularizer(ddp, anchor=trainable_weights(network()))
+    copied, frozen = network().requires_grad_(False), copy.deepcopy(ddp.module).requires_grad_(False)
+    load_weights(copied, {**averager.weights, **averager.buffers})
+    load_weights(frozen, regularizer.anchor)
+    for first in (True, False):
+        buffers = {n: b.clone() for n, b in ddp.module.named_buffers()}
+        expected = train_with_teacher(ddp, x, lambda x: copied(x) + frozen(x), first)
+        load_weights(ddp, buffers)
+        found = train_with_teacher(ddp, x, lambda x: averager(x) + regularizer.at_anchor(x), first)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        both: list = [None, None]
+        dist.all_gather_object(both, found)
+        torch.testing.assert_close(both[0], both[1], rtol=0, atol=0)
+    assert collectives_of(lambda: averager(x)) == 0
+
+
+def a_teacher_under_ddp_communicates_nothing_and_is_that_of_a_copy(rank: int) -> None:
+    torch.manual_seed(rank)
+    x = torch.randn(4, 5).double()
+    for options in ({}, {"static_graph": True}, {"find_unused_parameters": True}):
+        check_teacher_under_ddp(DistributedDataParallel(network(), **options), x)
 
 
 def a_model_sharded_after_its_averager_is_refused(rank: int) -> None:
