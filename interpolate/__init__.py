@@ -9,6 +9,8 @@ from interpolate.patching import patch, slerp, task_arithmetic, uniform_soup
 from interpolate.path import choose_anchor_weight, evaluate_path, greedy_soup
 from interpolate.pulling import pull
 from interpolate.regularizer import InterpolatedWeightRegularizer
+from interpolate.snapshots import Snapshots, snapshot_paths
+from interpolate.synthesis import average_snapshots
 from interpolate.weights import applied, load_weights
 
 __all__ = [
@@ -18,10 +20,12 @@ __all__ = [
     "KernelAverager",
     "LAWAAverager",
     "SWAAverager",
+    "Snapshots",
     "WeightAverager",
     "WeightMismatchError",
     "applied",
     "average_files",
+    "average_snapshots",
     "by_depth",
     "choose_anchor_weight",
     "evaluate_path",
@@ -32,6 +36,7 @@ __all__ = [
     "pull",
     "reestimate_batchnorm",
     "slerp",
+    "snapshot_paths",
     "task_arithmetic",
     "uniform_soup",
 ]

@@ -7,20 +7,20 @@ written (one line on the standard error), 130 interrupted. What a function given
 from __future__ import annotations
 
 import argparse
-import importlib
-import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from interpolate import files, inspection
+from interpolate._arguments import EvaluateError, function_of, numbers, progress_line, ratio, ratios_last
 from interpolate._operations import Ratio, is_mixed
 from interpolate.checkpoints import Checkpoint
 from interpolate.depth import by_depth, towers
 from interpolate.patching import patch, weights_of
 from interpolate.path import PathValues, greedy_soup
 from interpolate.reports import Report, as_json
+from interpolate.snapshots import with_folders_opened
+from interpolate.synthesis import average_snapshots, latest_first
 
 _PATHS = (
     "a .safetensors file, the .safetensors.index.json of a sharded checkpoint, a file of torch.save, or a folder of "
@@ -30,10 +30,10 @@ _PATHS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the exit code."""
-    options = _parser().parse_args(_ratios_last(sys.argv[1:] if arguments is None else arguments))
+    options = _parser().parse_args(ratios_last(sys.argv[1:] if arguments is None else arguments))
     try:
         return options.run(options)
-    except _EvaluateError as error:
+    except EvaluateError as error:
         raise error.own from None
     except (ValueError, OSError) as error:
         print(f"interpolate {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -41,34 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"interpolate {options.command}: interrupted; no file was changed", file=sys.stderr)
         return 130
-
-
-class _EvaluateError(Exception):
-    """What the function given to `--evaluate` raised: not bad input of ours, whatever its type."""
-
-    def __init__(self, own: Exception) -> None:
-        self.own = own
-
-
-def _ratios_last(arguments: Sequence[str]) -> list[str]:
-    """`--anchor-weight` and what belongs to it after everything else, since argparse gives it all that follows."""
-    rest, ratios = list(arguments), []
-    while "--anchor-weight" in rest[:-1]:
-        start = rest.index("--anchor-weight")
-        stop = start + 2
-        while stop < len(rest) and "=" in rest[start + 1] and _is_pattern(rest[stop]):
-            stop += 1
-        ratios += rest[start:stop]
-        del rest[start:stop]
-    return rest + ratios
-
-
-def _is_pattern(text: str) -> bool:
-    pattern, _, weight = text.rpartition("=")
-    try:
-        return bool(pattern) and not pattern.startswith("-") and float(weight) is not None
-    except ValueError:
-        return False
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,9 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--extrapolate", action="store_true", help="let weights of the anchor be outside [0, 1]")
     writes(sub)
-    sub = command("average", _average, "Write the mean of checkpoints.")
-    sub.add_argument("checkpoints", nargs="+")
-    sub.add_argument("--weights", metavar="A,B,...", help="how much each checkpoint weighs; only ratios matter")
+    sub = command("average", _average, "Write the mean of checkpoints, or of the snapshots of a training.")
+    sub.add_argument("checkpoints", nargs="+", help="the oldest first; a folder of snapshots stands for all in it")
+    shares = sub.add_mutually_exclusive_group()
+    shares.add_argument("--weights", metavar="A,B,...", help="how much each checkpoint weighs; only ratios matter")
+    shares.add_argument("--kernel", help="or by its place in the training: uniform, power:0.1, exponential:5%%, ...")
+    sub.add_argument("--last", type=int, metavar="N", help="take the latest N only")
     writes(sub)
     sub = command("soup", _soup, "Write the mean of those checkpoints that a greedy soup keeps.")
     sub.add_argument("checkpoints", nargs="+")
@@ -144,32 +119,37 @@ def _patch(options: argparse.Namespace) -> int:
         options.anchor,
         options.theta,
         options.output,
-        anchor_weight=_by_depth(options) if options.by_depth else _ratio(options.anchor_weight),
+        anchor_weight=_by_depth(options) if options.by_depth else ratio(options.anchor_weight),
         extrapolate=options.extrapolate,
         dry_run=options.dry_run,
-        progress=_progress(),
+        progress=progress_line(),
     )
     return _show(options, report)
 
 
 def _average(options: argparse.Namespace) -> int:
     paths, output = options.checkpoints, options.output
-    weights = None if options.weights is None else _numbers("--weights", options.weights)
-    report = files.average_files(paths, output, weights=weights, dry_run=options.dry_run, progress=_progress())
+    how: dict[str, Any] = {"dry_run": options.dry_run, "progress": progress_line()}
+    if options.weights is not None:
+        weights = numbers("--weights", options.weights)[::-1]
+        return _show(options, files.average_files(latest_first(paths, options.last), output, weights=weights, **how))
+    if options.kernel is None and options.last is None and paths == with_folders_opened(paths):
+        return _show(options, files.average_files(paths, output, **how))
+    report = average_snapshots(paths, output, kernel=options.kernel or "uniform", last=options.last, **how)
     return _show(options, report)
 
 
 def _soup(options: argparse.Namespace) -> int:
-    chosen, value = greedy_soup(options.checkpoints, _function(options.evaluate))
+    chosen, value = greedy_soup(options.checkpoints, function_of(options.evaluate))
     paths = [options.checkpoints[i] for i in chosen]
     print(f"{len(paths)} of {len(options.checkpoints)} kept, value {value:.6g}", file=sys.stderr)
-    return _show(options, files.average_files(paths, options.output, dry_run=options.dry_run, progress=_progress()))
+    return _show(options, files.average_files(paths, options.output, dry_run=options.dry_run, progress=progress_line()))
 
 
 def _path(options: argparse.Namespace) -> int:
     if options.points < 2:
         raise ValueError(f"--points must be at least 2, got {options.points}.")
-    evaluate, progress = _function(options.evaluate), _progress()
+    evaluate, progress = function_of(options.evaluate), progress_line()
     anchor, theta = weights_of(options.anchor), weights_of(options.theta)
     weights, values = [i / (options.points - 1) for i in range(options.points)], []
     for weight in weights:
@@ -210,29 +190,6 @@ def _show(options: argparse.Namespace, report: Report) -> int:
     return 0
 
 
-def _numbers(option: str, text: str) -> list[float]:
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"{option} takes numbers with commas between them, got {text!r}: {error}.") from error
-
-
-def _ratio(texts: Sequence[str]) -> Ratio:
-    """A number, or patterns with one each."""
-    try:
-        if len(texts) == 1 and "=" not in texts[0]:
-            return float(texts[0])
-        given = [(pattern, float(weight)) for pattern, _, weight in (text.rpartition("=") for text in texts)]
-        ratios = dict(given)
-        if "" in ratios:
-            raise ValueError("a weight without a pattern must be the only one")
-        if len(ratios) < len(given):
-            raise ValueError("a pattern is given twice")
-        return ratios
-    except ValueError as error:
-        raise ValueError(f"--anchor-weight takes W or PATTERN=W ..., got {' '.join(texts)!r}: {error}.") from error
-
-
 def _by_depth(options: argparse.Namespace) -> Ratio:
     """Patterns by the names in theta; what they are taken from is said."""
     first, last = options.by_depth
@@ -243,43 +200,6 @@ def _by_depth(options: argparse.Namespace) -> Ratio:
             f"{len(blocks)} blocks under {tower!r}: {blocks[0]} ({first:g}) to {blocks[-1]} ({last:g})", file=sys.stderr
         )
     return by_depth(names, first=first, last=last)
-
-
-def _function(text: str) -> Callable[[Any], float]:
-    module, _, name = text.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), name, None) if module and name else None
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):  # one that the user's module imports
-            raise _EvaluateError(error) from error
-        raise ValueError(f"--evaluate takes MODULE:FUNCTION, got {text!r}: {error}.") from error
-    except Exception as error:
-        raise _EvaluateError(error) from error
-    if function is None or not callable(function):
-        raise ValueError(f"--evaluate takes MODULE:FUNCTION, got {text!r}: there is no such function.")
-
-    def evaluate(weights: Any) -> float:
-        try:
-            value: Any = function(weights)
-            return float(value)
-        except Exception as error:
-            raise _EvaluateError(error) from error
-
-    return evaluate
-
-
-def _progress() -> files.Progress:
-    """A line on the standard error, once a second, if somebody is looking."""
-    last = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal last
-        if sys.stderr.isatty() and time.monotonic() - last > 1:
-            last = time.monotonic()
-            print(f"\r{100 * done // total} %", end="\r", file=sys.stderr)
-
-    return show
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from interpolate._distributed_pickles import Window, elements_of, read_index
-from interpolate._pickled import chosen_set
+from interpolate._pickled import METADATA, chosen_set
 from interpolate._places import DISTRIBUTED_INDEX, RANK_FILE, beside, file_system, opened
 from interpolate._safetensors import SafetensorsShard, parsed
 from interpolate._tensors import Entry, read_tensor
@@ -158,6 +158,9 @@ def distributed_folder(path: str, key: str = "") -> DistributedShard:
     shard = posixpath.basename(path)
     entries = {name: Entry(weights[name].dtype, tuple(weights[name].shape), shard) for name in names}
     found = DistributedShard(path, key, entries, {name: parts.get(stored, []) for name, stored in names.items()})
+    fs, record = file_system(beside(path, METADATA))
+    if fs.exists(record):
+        found.metadata = parsed(fs.cat_file(record), beside(path, METADATA))
     found.rest = sorted(index.state_dict_metadata.keys() - {*names.values()})
     return found
 

@@ -27,8 +27,14 @@ _EXTRA_STATE = "_extra_state"
 _BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-_ARGUMENTS = {"patch": "anchor_weight", "slerp": "anchor_weight", "average": "operation", "task_arithmetic": "scales"}
-"""What a recipe must have for each operation."""
+_ARGUMENTS = {
+    "patch": "anchor_weight",
+    "slerp": "anchor_weight",
+    "average": "operation",
+    "task_arithmetic": "scales",
+    "snapshot": "step",
+}
+"""What a recipe must have for each operation; a snapshot was taken of a model in training, and can't be made again."""
 
 
 def is_recipe(value: Any) -> bool:

@@ -105,7 +105,7 @@ def mix_files(paths: Sequence[Path], recipe: Recipe, output: Path | None, progre
                     pass
             return report
         folder = folder_of(output, is_output_folder=mixing.first.is_sharded)
-        pool, stopped = stack.enter_context(ThreadPoolExecutor(len(paths))), Event()
+        pool, stopped = stack.enter_context(ThreadPoolExecutor(min(len(paths), 8))), Event()
         stack.callback(stopped.set)  # or leaving early would wait until the last byte is hashed
         hashes = [pool.submit(checkpoint.sha256, stopped) for checkpoint in checkpoints]
         report.recipe = {**recipe, "inputs": [seen_from(folder, path) for path in inputs], "sha256": []}

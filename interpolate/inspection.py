@@ -78,6 +78,8 @@ def verify(path: Path) -> list[str]:
         recipe = recipe_of(made)
         if recipe is None:
             return [f"{made.path} holds no recipe; it was not written by this library, or to a format without one."]
+        if recipe["operation"] == "snapshot":
+            return [f"{made.path} was written in training, at step {recipe['step']}; there is nothing to make it of."]
         folder = folder_of(os.path.realpath(made.path))
         inputs = [os.path.join(folder, source) for source in recipe["inputs"]]
         checkpoints = [stack.enter_context(Checkpoint(source)) for source in inputs]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from interpolate.__main__ import _ratios_last, main
+from interpolate.__main__ import main
+from interpolate._arguments import ratios_last
 from interpolate.checkpoints import Checkpoint
 
 
@@ -60,7 +61,7 @@ def test_options_come_in_any_order(arguments: tuple[str, ...]):
 
 def test_a_checkpoint_whose_name_looks_like_a_pattern_is_one_after_a_single_number():
     os.symlink("anchor.safetensors", "lr=0.1")
-    assert _ratios_last(["patch", "--anchor-weight", "0.5", "lr=0.1", "b"]) == [
+    assert ratios_last(["patch", "--anchor-weight", "0.5", "lr=0.1", "b"]) == [
         "patch",
         "lr=0.1",
         "b",

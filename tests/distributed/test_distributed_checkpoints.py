@@ -17,9 +17,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from two_ranks import outcomes
 
-from interpolate import CheckpointError, average_files, patch_files
+from interpolate import CheckpointError, Snapshots, average_files, average_snapshots, patch_files, snapshot_paths
 from interpolate.checkpoints import Checkpoint
-from interpolate.inspection import verify
+from interpolate.inspection import inspect, verify
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +38,9 @@ def save(rank: int) -> None:
     model(torch.ones(2, 5)).sum().backward()
     optimizer.step()
     whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in model.state_dict().items()}
+    snapshots = Snapshots(folder / "snapshots")
+    for step in (1, 2, 2):
+        snapshots.update(model, step)
     weights = get_model_state_dict(model)
     dcp.save(weights, checkpoint_id=folder / "bare")
     state = {
@@ -114,6 +117,14 @@ def test_folders_are_mixed_and_verified_like_files(saved: Path, tmp_path: Path):
         assert verify(output) == []
     average_files([f"{saved}/run::model", saved / "bare"], tmp_path / "mean.safetensors", weights=[3, 1])
     assert identical(contents(tmp_path / "mean.safetensors"), load_file(saved / "whole.safetensors"))
+
+
+def test_snapshots_of_sharded_weights_are_averaged_as_a_whole(saved: Path, tmp_path: Path):
+    assert snapshot_paths(saved / "snapshots") == [f"{saved}/snapshots/step-0000000{step}" for step in (1, 2)]
+    assert (inspect(f"{saved}/snapshots/step-00000002").recipe or {})["step"] == 2
+    average_snapshots(saved / "snapshots", tmp_path / "mean.safetensors", kernel="power:0.1")
+    assert identical(contents(tmp_path / "mean.safetensors"), load_file(saved / "whole.safetensors"))
+    assert verify(tmp_path / "mean.safetensors") == []
 
 
 def test_what_else_is_in_a_folder_has_to_be_chosen_from(saved: Path):
