@@ -16,6 +16,7 @@ VERBS = {
     "train": "fine-tune, average, patch and evaluate: the built-in miniature, or a recipe of the paper",
     "evaluate": "a finished run again, or weights from elsewhere, under the paper's protocols or your own",
     "predict": "what videos show, among labels of your own",
+    "calibrate": "how sure a run may be, and when a video shows none of the labels",
     "compare": "the results of several evaluations in one table",
     "inspect": "a data set before using it: its videos, its classes, and what can't be read",
 }

@@ -1,6 +1,7 @@
 """The classifier: what it says is what an evaluation says, from wherever it is loaded and at any anchor weight."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from applications.openvclip import Classifier, evaluate, train
+from applications.openvclip.__main__ import main
 from applications.openvclip.data.decode import VideoReadError
 from applications.openvclip.data.manifest import read_manifest
 from applications.openvclip.data.sampling import SAMPLERS, Sampling
@@ -18,9 +20,13 @@ from applications.openvclip.inference.labels import label_set
 from applications.openvclip.miniature import tiny_clip
 from applications.openvclip.model.classifier import class_embeddings
 from applications.openvclip.model.prompts import OBJECT_TEMPLATES
+from applications.openvclip.zeroshot.confidence import calibration_error
 from applications.openvclip.zeroshot.logits import LogitFiles
+from applications.openvclip.zeroshot.results import read_results
 from interpolate import WeightMismatchError, load_weights, patch
 from tests.openvclip.files import write_manifest
+
+SAMPLING = {"frames": 4, "stride": 2, "target_fps": 8, "views": 3, "crops": 3}
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +63,8 @@ def evaluated(small_world: dict[str, Path], theta: Path, tmp_path_factory: pytes
     few = [(manifest.location(i), manifest.classes[manifest.labels[i]]) for i in (0, 7, 23)]
     part = {"source": str(write_manifest(folder / "few.csv", few)), "classes": list(manifest.classes)}
     for sampler in SAMPLERS:
-        sampling = {"frames": 4, "stride": 2, "target_fps": 8, "sampler": sampler, "views": 3, "crops": 3}
-        content = {"name": sampler, "parts": [part], "templates": "objects", "sampling": sampling}
+        content = {"name": sampler, "parts": [part], "templates": "objects"}
+        content |= {"sampling": SAMPLING | {"sampler": sampler}}
         (folder / f"{sampler}.json").write_text(json.dumps(content))
     protocols = ["--protocols", *(str(folder / f"{sampler}.json") for sampler in SAMPLERS)]
     model = ["--weights", str(theta), "--model.name", "miniature", "--output", str(folder)]
@@ -73,7 +79,7 @@ def test_predictions_have_the_logits_of_an_evaluation(scorer: str, evaluated: li
     """Under every sampler; products of the same numbers, over matrices of another shape."""
     weights = {} if scorer == "CLIP*" else {"source": theta, "anchor_weight": float(scorer)}
     for files in evaluated:
-        sampling = Sampling(**files.content["sampling"])
+        sampling = Sampling(**SAMPLING, sampler=files.content["sampling"]["sampler"])
         classifier = Classifier.load(**weights, model="miniature", sampling=sampling)
         classes = files.content["classes"]
         column = files.content["scorers"].index(scorer)
@@ -258,3 +264,61 @@ def test_an_unreadable_video_is_named(classifier: Classifier, tmp_path: Path) ->
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(VideoReadError, match=r"text\.mp4: 8 bytes, not a readable video"):
         classifier.classify(tmp_path / "text.mp4", ["cloud"])
+
+
+def test_none_of_these_takes_a_calibration_and_wins_where_no_logit_is_above_the_threshold(
+    run: Path, small_world: dict[str, Path], tmp_path: Path, video: str, capsys: pytest.CaptureFixture
+) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    labels = ["cloud", "square"]
+    with pytest.raises(ValueError, match=r"at anchor weight 0\.3 there is no calibration .*with one: none"):
+        Classifier.load(folder).classify(video, labels, none_of_these=True)
+    main(["calibrate", str(folder), "--data", str(small_world["zs_object"]), "--workers", "1"])
+    assert "expected calibration error" in capsys.readouterr().out
+    found = json.loads((folder / "calibration.json").read_text())["0.3"]
+    assert (found["videos"], found["classes"]) == (24, 6)
+    classifier = Classifier.load(folder)
+    embeddings = classifier.embed(classifier.read(video))
+    logits = classifier.logits(embeddings, classifier.embeddings_of(labels)).mean(dim=0)
+    for shift, wins in ((-0.01, False), (0.01, True)):
+        found["threshold"] = logits.max().item() + shift
+        (folder / "calibration.json").write_text(json.dumps({"0.3": found}))
+        answers = Classifier.load(folder).classify(video, labels, none_of_these=True)
+        assert set(answers) == {"cloud", "square", "none of these"}
+        assert sum(answers.values()) == pytest.approx(1)
+        assert (next(iter(answers)) == "none of these") is wins
+    ratio = answers["cloud"] / answers["square"]
+    assert np.log(ratio) == pytest.approx(float(logits[0] - logits[1]) / found["temperature"], rel=1e-4)
+    with pytest.raises(ValueError, match="'none of these' is the answer where no label fits"):
+        Classifier.load(folder).classify(video, ["none of these"], none_of_these=True)
+    for other in ({"anchor_weight": 0.4}, {"templates": ["a {}"]}, {"sampling": Sampling(views=1)}):
+        with pytest.raises(ValueError, match="there is no calibration of this model, its sampling and templates"):
+            Classifier.load(folder, **other).classify(video, labels, none_of_these=True)
+
+
+def test_an_evaluation_says_how_sure_the_answers_are_before_and_after(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    plain = read_results(folder / "results.json").protocols["closed"].confidence["0.3"]
+    assert plain.keys() == {"ece", "accuracy_at_95", "auroc"}
+    values = {"data": "x", "videos": 30, "classes": 3, "accuracy": 0.5, "ece_before": 0.2, "ece_after": 0.1}
+    values |= {"temperature": 5.0, "threshold": 20.0, "auroc": 0.8, "accuracy_at_95": 0.6}
+    (folder / "calibration.json").write_text(json.dumps({"0.3": values}))
+    evaluate.main([str(folder)])
+    found = read_results(folder / "results.json").protocols["closed"]
+    assert found.confidence["0.3"].keys() == {*plain, "ece_calibrated"}
+    assert found.confidence["0.3"]["ece"] == plain["ece"] != found.confidence["0.3"]["ece_calibrated"]
+    assert "ece_calibrated" not in found.confidence["0"]
+    (passed,) = (folder / "logits").iterdir()  # whose logits the second evaluation has used again
+    files = LogitFiles(folder / "logits", json.loads((passed / "pass.json").read_text()))
+    manifest = read_manifest(json.loads((folder / "config.json").read_text())["data"]["test"][0])
+    label_of = {manifest.location(i): label for i, label in enumerate(manifest.labels)}
+    labels, logits = [], []
+    for videos, part in files.chunks():
+        labels += [label_of[files.content["videos"][i]] for i in videos]
+        logits.append(part[:, files.content["scorers"].index("0.3")].mean(axis=1))
+    scores = torch.from_numpy(np.concatenate(logits)).double()
+    correct = (scores.argmax(dim=1) == torch.tensor(labels)).numpy()
+    for name, temperature in (("ece", 1.0), ("ece_calibrated", 5.0)):
+        sure = (scores / temperature).softmax(dim=1).amax(dim=1).numpy()
+        assert found.confidence["0.3"][name][0] == pytest.approx(calibration_error(sure, correct), abs=1e-5)
+    assert "## Confidence at anchor weight 0.3" in (folder / "results.md").read_text()

@@ -18,6 +18,7 @@ OPTIONS = Path(__file__).with_name("options")
         ("evaluate.txt", ["evaluate"]),
         ("evaluate_run.txt", ["evaluate", "runs/mine"]),
         ("predict.txt", ["predict"]),
+        ("calibrate.txt", ["calibrate"]),
         ("compare.txt", ["compare"]),
         ("inspect.txt", ["inspect"]),
     ],

@@ -69,6 +69,9 @@ def evaluate_run(run: Path, options: OfRun) -> None:
     check(evaluation_ranges(config))
     loaded = loading.of_run(folder)
     classes = json.loads(loaded.metadata["classes"])
-    evaluation = build.evaluation(loaded.source, config, build.protocols(config, classes))
+    evaluation = replace(
+        build.evaluation(loaded.source, config, build.protocols(config, classes)),
+        temperatures={weight: found.temperature for weight, found in loaded.calibrations.items()},
+    )
     with alone_in(folder):
         report(folder, evaluation(loaded.anchor, loaded.theta, folder.logits), to_dict(config))

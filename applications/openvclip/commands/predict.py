@@ -36,6 +36,8 @@ class Predict:
     labels: str
     """Classes, parted by commas, or a file of them."""
     of: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
+    none_of_these: bool = False
+    """Whether a video may show none of the labels; it takes a run that `openvclip calibrate` has seen."""
     window: str | None = None
     """Look along the time of one long video, at windows of this length, such as 2s."""
     step: str | None = None
@@ -90,7 +92,7 @@ def predict(options: Predict) -> bool:
     window, step = options.durations()
     start_early("applications.openvclip.data.dataset")  # beside the imports and weights of this process
     classifier = options.of.classifier()
-    classifier.embeddings_of(labels)  # what a model can't say is an error before the first video
+    classifier.answers(labels, none_of_these=options.none_of_these)  # a mistake is found before the first video
     console = Console(stderr=True)
     if told := notice(classifier):
         console.print(told, soft_wrap=True, highlight=False, markup=False)
@@ -111,7 +113,10 @@ def one_by_one(
     with progress_bar(told) as progress:
         task = progress.add_task("looking", total=len(videos))
         for seen in look_at(classifier, videos, workers=options.workers, time_limit_s=options.time_limit_s):
-            rows.append((seen, None if seen.embeddings is None else classifier.ranked(seen.embeddings, labels)))
+            found = None
+            if seen.embeddings is not None:
+                found = classifier.ranked(seen.embeddings, labels, none_of_these=options.none_of_these)
+            rows.append((seen, found))
             progress.advance(task)
     answers.show(rows, classifier, as_json=options.json, as_csv=options.csv, top=options.top)
     return all(found is not None for _, found in rows)
@@ -147,7 +152,8 @@ def along_time(
         except VideoReadError as error:
             told.print(str(error), style="red", soft_wrap=True, markup=False)
             return False
-    names, probabilities = list(labels), classifier.probabilities(timeline.embeddings, labels).numpy()
+    names = classifier.answers(labels, none_of_these=options.none_of_these)
+    probabilities = classifier.probabilities(timeline.embeddings, labels, none_of_these=options.none_of_these).numpy()
     found = segments(timeline, names, probabilities)
     plot_timeline(options.timeline, timeline, names, probabilities, found)
     answers.show_along(timeline, names, probabilities, found, as_json=options.json, as_csv=options.csv)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
@@ -42,6 +42,10 @@ class Sampling:
             raise ValueError(f"crops must be 1 or 3, got {self.crops}.")
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}.")
+
+    def as_dict(self) -> dict[str, float | str | None]:
+        """Plain values, to tell one sampling from another: 16 and 16.0 are the same stride."""
+        return {k: float(v) if isinstance(v, int) else v for k, v in asdict(self).items()}
 
     def training_clip(self, n_frames: int, frames_per_second: float, rng: np.random.Generator) -> np.ndarray:
         """Indices of a clip at a random place: (frames,) int64, ascending, in [0, n_frames)."""

@@ -17,6 +17,7 @@ from applications.openvclip.data.dataset import EvaluationViews
 from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.data.storage import Cache
 from applications.openvclip.data.transforms import Normalisation, normalised
+from applications.openvclip.inference.calibration import NONE_OF_THESE, Calibration
 from applications.openvclip.inference.labels import Labels, LabelSet, label_set
 from applications.openvclip.inference.loading import Loaded, load
 from applications.openvclip.model.classifier import class_embeddings
@@ -86,14 +87,15 @@ class Classifier:
         if model is None and source is None:
             raise ValueError("a classifier needs a source or a model: Classifier.load(model='miniature') is the least.")
         loaded = load(source, ModelConfig(model or "", pretrained, edge))
-        return cls(
-            replace(
-                loaded,
-                anchor_weight=loaded.anchor_weight if anchor_weight is None else anchor_weight,
-                sampling=sampling or loaded.sampling,
-                templates=loaded.templates if templates is None else tuple(templates),
-            )
+        used = replace(
+            loaded,
+            anchor_weight=loaded.anchor_weight if anchor_weight is None else anchor_weight,
+            sampling=sampling or loaded.sampling,
+            templates=loaded.templates if templates is None else tuple(templates),
         )
+        if (used.sampling, used.templates) != (loaded.sampling, loaded.templates):
+            used = replace(used, calibrations={})  # they say nothing of other frames and sentences
+        return cls(used)
 
     @property
     def anchor_weight(self) -> float:
@@ -122,19 +124,50 @@ class Classifier:
             finally:
                 self.anchor_weight = before
 
-    def classify(self, video: str | Path, labels: Labels) -> dict[str, float]:
+    @property
+    def calibration(self) -> Calibration:
+        """How sure it may be at the present anchor weight.
+
+        Raises:
+            ValueError: That has not been found out.
+        """
+        at = f"{self.anchor_weight:g}"
+        if at not in self.loaded.calibrations:
+            there = ", ".join(self.loaded.calibrations) or "none"
+            raise ValueError(
+                f"none of these: at anchor weight {at} there is no calibration of this model, its sampling and "
+                f"templates (anchor weights with one: {there}); `openvclip calibrate RUN --data VIDEOS --anchor-weight "
+                f"{at}` makes it."
+            )
+        return self.loaded.calibrations[at]
+
+    def classify(self, video: str | Path, labels: Labels, *, none_of_these: bool = False) -> dict[str, float]:
         """What a video shows: each label with its probability, best first. They sum to 1.
 
         Args:
             video: A file or URL.
             labels: Names of classes; or, by class, the names by which it is to be known, of which the mean is taken.
+            none_of_these: Whether it may be none of them, an answer of that name; the probabilities are calibrated
+                then. It takes a run that was calibrated (`openvclip calibrate`).
 
         Raises:
             VideoReadError: The video can't be read; the message says why.
-            ValueError: A label set that is none.
+            ValueError: A label set that is none, or no calibration at this anchor weight.
         """
-        self.embeddings_of(labels)  # a mistake among the labels is found before the video is read
-        return self.ranked(self.embed(self.read(video)), labels)
+        self.answers(labels, none_of_these=none_of_these)  # a mistake is found before the video is read
+        return self.ranked(self.embed(self.read(video)), labels, none_of_these=none_of_these)
+
+    def answers(self, labels: Labels, *, none_of_these: bool = False) -> list[str]:
+        """What can be answered: the labels and, if it is asked for, "none of these".
+
+        Raises:
+            ValueError: As `classify`.
+        """
+        names = [label for label, _ in label_set(labels)]
+        if none_of_these and self.calibration and NONE_OF_THESE in names:
+            raise ValueError(f"labels: {NONE_OF_THESE!r} is the answer where no label fits; leave it out of them.")
+        self.embeddings_of(labels)
+        return [*names, NONE_OF_THESE] if none_of_these else names
 
     def features(self, video: str | Path) -> Tensor:
         """The embedding of a video: (E,), of unit length, to be compared with those of texts and of other videos."""
@@ -187,15 +220,20 @@ class Classifier:
         # of one name its own embedding, bit for bit
         return torch.stack([e[0] if len(e) == 1 else F.normalize(e.mean(dim=0), dim=0) for e in several])
 
-    def ranked(self, embeddings: Tensor, labels: Labels) -> dict[str, float]:
-        """The embeddings (V, E) of a video's views → each label with its probability, best first."""
-        (probabilities,) = self.probabilities(embeddings.mean(dim=0, keepdim=True), labels).tolist()
-        found = zip((label for label, _ in label_set(labels)), probabilities, strict=True)
+    def ranked(self, embeddings: Tensor, labels: Labels, *, none_of_these: bool = False) -> dict[str, float]:
+        """The embeddings (V, E) of a video's views → each answer with its probability, best first."""
+        mean = embeddings.mean(dim=0, keepdim=True)
+        (probabilities,) = self.probabilities(mean, labels, none_of_these=none_of_these).tolist()
+        found = zip(self.answers(labels, none_of_these=none_of_these), probabilities, strict=True)
         return dict(sorted(found, key=lambda pair: -pair[1]))
 
-    def probabilities(self, embeddings: Tensor, labels: Labels) -> Tensor:
-        """Embeddings (B, E) → the probability of each label, (B, K) float64."""
-        return self.logits(embeddings, self.embeddings_of(labels)).double().softmax(dim=1).cpu()
+    def probabilities(self, embeddings: Tensor, labels: Labels, *, none_of_these: bool = False) -> Tensor:
+        """Embeddings (B, E) → the probability of each answer, (B, answers) float64."""
+        logits = self.logits(embeddings, self.embeddings_of(labels)).double().cpu()
+        if none_of_these:
+            found = self.calibration
+            logits = torch.cat([logits, torch.full_like(logits[:, :1], found.threshold)], dim=1) / found.temperature
+        return logits.softmax(dim=1)
 
 
 def _beside(anchor: dict[str, Tensor], theta: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from applications.openvclip import build
 from applications.openvclip.config import ModelConfig, from_dict
 from applications.openvclip.data.sampling import Sampling
+from applications.openvclip.inference.calibration import Calibration, read_calibrations
 from applications.openvclip.model import pretrained
 from applications.openvclip.model.pretrained import PretrainedCLIP
 from applications.openvclip.model.prompts import ACTION_TEMPLATES, OBJECT_TEMPLATES, TEMPLATES
@@ -36,6 +38,8 @@ class Loaded:
     """Of the fine-tuned weights, as their run wrote it."""
     folder: RunFolder | None = None
     """Of the run, where it is one."""
+    calibrations: Mapping[str, Calibration] = field(default_factory=dict)
+    """By anchor weight; made with this sampling and these templates."""
 
 
 def load(source: str | Path | None, model: ModelConfig) -> Loaded:
@@ -84,6 +88,7 @@ def of_run(folder: RunFolder) -> Loaded:
         templates=TEMPLATES[config.data.templates],
         metadata=metadata,
         folder=folder,
+        calibrations=read_calibrations(folder.calibration),
     )
 
 

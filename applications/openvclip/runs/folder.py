@@ -63,6 +63,11 @@ class RunFolder:
         return self.path / "results.json"
 
     @property
+    def calibration(self) -> Path:
+        """How sure its answers may be, by anchor weight."""
+        return self.path / "calibration.json"
+
+    @property
     def markdown(self) -> Path:
         """The results as tables."""
         return self.path / "results.md"

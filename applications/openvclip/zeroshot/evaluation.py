@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from open_clip.model import CLIP
@@ -40,6 +40,8 @@ class Evaluation:
     precision: Precision
     compile: bool
     reading: Reading
+    temperatures: Mapping[str, float] = field(default_factory=dict)
+    """Of calibrated models, by anchor weight as text."""
 
     def __post_init__(self) -> None:
         twice = [name for name, n in Counter(protocol.name for protocol in self.protocols).items() if n > 1]
@@ -78,7 +80,7 @@ class Evaluation:
                     advance=lambda n: progress.advance(task, n),
                 )
                 if distributed.rank() == 0:
-                    results |= {result.protocol: result for result in results_of(group, one, files)}
+                    results |= {result.protocol: result for result in results_of(group, one, files, self.temperatures)}
         return [results[protocol.name] for protocol in self.protocols] if results else []
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +81,7 @@ def look(
     content = {
         "weights": weights,
         "templates": list(one.templates),
-        "sampling": asdict(one.sampling),
+        "sampling": one.sampling.as_dict(),
         "size": reading.size,
         "precision": precision.name,
         "scorers": list(scorers),

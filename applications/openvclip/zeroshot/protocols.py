@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -72,8 +72,7 @@ class Protocol:
                 for part in self.parts
             ],
             "templates": self.templates,
-            # 16 and 16.0 are the same stride
-            "sampling": {k: float(v) if isinstance(v, int) else v for k, v in asdict(self.sampling).items()},
+            "sampling": self.sampling.as_dict(),
             "top_k": self.top_k,
             "unreadable": self.unreadable,
         }

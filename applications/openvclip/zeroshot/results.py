@@ -39,6 +39,11 @@ class ProtocolResult:
     """By scorer, then by "top-1" and the like: of each part."""
     per_class: dict[str, dict[str, float]]
     """By scorer, then by class: top-1 over the videos of the class in all parts."""
+    confidence: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # older files have none
+    """By scorer, of each part, over the videos that could be read: `ece`, the expected calibration error;
+    `ece_calibrated`, that of probabilities at the run's temperature, where there is one; `accuracy_at_95`, of the 95 %
+    with the surest answers; `auroc`, of telling videos whose class is among the labels from others, with a half of the
+    classes at a time."""
     cut_off: dict[str, str] = field(default_factory=dict)  # older files do not tell
     """What is missing of videos that were cut off, by location; they were scored as far as they go."""
 

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
+from math import isnan, nan
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from applications.openvclip.data.manifest import Manifest
+from applications.openvclip.zeroshot.confidence import (
+    accuracy_at_coverage,
+    auroc,
+    calibration_error,
+    with_and_without,
+)
 from applications.openvclip.zeroshot.logits import LogitFiles
 from applications.openvclip.zeroshot.passes import Pass
 from applications.openvclip.zeroshot.protocols import Protocol
 from applications.openvclip.zeroshot.results import ProtocolResult
 
 
-def results_of(protocols: Sequence[Protocol], one: Pass, files: LogitFiles) -> list[ProtocolResult]:
+def results_of(
+    protocols: Sequence[Protocol], one: Pass, files: LogitFiles, temperatures: Mapping[str, float] | None = None
+) -> list[ProtocolResult]:
     """The accuracies of the protocols of a pass: each is a selection of rows and columns of its logits.
 
     The logits are read once, a part at a time.
@@ -29,11 +38,12 @@ def results_of(protocols: Sequence[Protocol], one: Pass, files: LogitFiles) -> l
     row = {location: i for i, location in enumerate(one.videos)}
     unreadable, cut_off = files.faults("unreadable"), files.faults("cut-off")
     scorers: list[str] = files.content["scorers"]
-    parts = [[_Part(part, one, row, p.top_k, len(scorers)) for part in p.parts] for p in protocols]
+    known = [(temperatures or {}).get(scorer, nan) for scorer in scorers]
+    parts = [[_Part(part, one, row, p.top_k, known) for part in p.parts] for p in protocols]
     for videos, logits in files.chunks():
         scores = torch.from_numpy(logits).sum(dim=2)  # (videos, scorers, classes): views are added
         for part in chain.from_iterable(parts):
-            part.add(videos, scores)
+            part.add(videos, scores, logits.shape[2])
     return [_result(p, own, scorers, row, unreadable, cut_off) for p, own in zip(protocols, parts, strict=True)]
 
 
@@ -72,6 +82,7 @@ def _result(
         unreadable={at: unreadable[row[at]] for at in sorted(videos) if row[at] in unreadable},
         cut_off={at: cut_off[row[at]] for at in sorted(videos) if row[at] in cut_off},
         accuracy=accuracy,
+        confidence={scorer: _confidence([part.sureness(s) for part in parts]) for s, scorer in enumerate(scorers)},
         per_class={scorer: _per_class(found) for scorer, found in answers.items()},
     )
 
@@ -79,18 +90,24 @@ def _result(
 class _Part:
     """Which rows of a part are right, by scorer: all that is kept of the logits. Rows without logits are wrong."""
 
-    def __init__(self, part: Manifest, one: Pass, row: dict[str, int], top_k: Sequence[int], n_scorers: int) -> None:
+    def __init__(
+        self, part: Manifest, one: Pass, row: dict[str, int], top_k: Sequence[int], temperatures: Sequence[float]
+    ) -> None:
         self.manifest = part
         self.rows = torch.tensor([row[part.location(i)] for i in range(len(part))])
         """The row of the pass that each row of the part is."""
         self.labels = torch.tensor(part.labels)
         column = {name: i for i, name in enumerate(one.classes)}
         self.columns = torch.tensor([column[name] for name in part.classes])
+        n_scorers = len(temperatures)
         self.correct = {k: torch.zeros(n_scorers, len(part), dtype=torch.bool) for k in {1, *top_k}}
+        self._temperatures = torch.tensor(temperatures)
+        self._sure = torch.full((4, n_scorers, len(part)), nan)
+        """Of each row: its confidence, the calibrated one, and its highest logit with and without its class."""
         self._place = torch.full((len(one.videos),), -1)
 
-    def add(self, videos: np.ndarray, scores: Tensor) -> None:
-        """Take in the scores (n, scorers, classes) of n videos of the pass."""
+    def add(self, videos: np.ndarray, scores: Tensor, views: int) -> None:
+        """Take in the scores (n, scorers, classes) of n videos of the pass, sums over views."""
         indices = torch.from_numpy(videos)
         self._place[indices] = torch.arange(len(videos))
         places = self._place[self.rows]
@@ -100,6 +117,30 @@ class _Part:
         for k, correct in self.correct.items():
             for s in range(scores.shape[1]):
                 correct[s, here] = top_k_correct(selected[:, s], self.labels[here], k)
+        logits = selected.transpose(0, 1) / views
+        self._sure[0, :, here] = logits.softmax(dim=-1).amax(dim=-1)
+        self._sure[1, :, here] = (logits / self._temperatures.view(-1, 1, 1)).softmax(dim=-1).amax(dim=-1)
+        if len(self.columns) > 1:
+            self._sure[2, :, here], self._sure[3, :, here] = with_and_without(logits, self.labels[here])
+
+    def sureness(self, scorer: int) -> dict[str, float]:
+        """How sure the answers are, over the rows that have logits."""
+        there = ~self._sure[0, scorer].isnan()
+        if not there.any():
+            return {}
+        plain, calibrated, inside, outside = self._sure[:, scorer, there].double().numpy()
+        correct = self.correct[1][scorer, there].numpy()
+        found = {"ece": calibration_error(plain, correct), "accuracy_at_95": accuracy_at_coverage(plain, correct)}
+        if not isnan(self._temperatures[scorer]):
+            found["ece_calibrated"] = calibration_error(calibrated, correct)
+        if len(self.columns) > 1:
+            found["auroc"] = auroc(inside, outside)
+        return found
+
+
+def _confidence(parts: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+    """Figures of parts by name, of those that all parts have."""
+    return {name: [part[name] for part in parts] for name in parts[0] if all(name in part for part in parts)}
 
 
 def _per_class(answers: Sequence[tuple[Tensor, Tensor, tuple[str, ...]]]) -> dict[str, float]:

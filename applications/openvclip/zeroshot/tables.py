@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from applications.openvclip.zeroshot.published import published
-from applications.openvclip.zeroshot.results import BASELINE, ProtocolResult, Results
+from applications.openvclip.zeroshot.results import BASELINE, ProtocolResult, Results, mean_std, percent
 
 
 def table(results: Results) -> Table:
@@ -65,6 +65,7 @@ def markdown(results: Results) -> str:
         ),
     ]
     final = f"{results.anchor_weight:g}"
+    lines += _confidence(results, final)
     for r in results.protocols.values():
         if final in r.per_class and BASELINE in r.per_class:
             lines += ["", f"## Classes of {r.protocol}", "", *_changes(r, final)]
@@ -93,6 +94,23 @@ def compare(named: Mapping[str, Results]) -> str:
             figures = [found.protocols[p].text(scorer, k) if p in found.protocols else "-" for p, k in columns]
             rows.append([name, found.model, scorer, *figures])
     return "\n".join(_markdown_table(["", "model", "anchor weight", *(f"{p}, top-{k}" for p, k in columns)], rows))
+
+
+def _confidence(results: Results, scorer: str) -> list[str]:
+    """How sure the answers are of the final model, where older results tell."""
+    columns = {
+        "ece": "calibration error",
+        "ece_calibrated": "calibrated",
+        "accuracy_at_95": "accuracy at 95 % coverage",
+        "auroc": "AUROC of labels against none of these",
+    }
+    rows = []
+    for r in results.protocols.values():
+        if found := r.confidence.get(scorer):
+            figures = [percent(*mean_std(found[c]), parts=len(r.parts)) if c in found else "-" for c in columns]
+            rows.append([r.protocol, *figures])
+    header = ["", *columns.values()]
+    return ["", f"## Confidence at anchor weight {scorer}, in %", "", *_markdown_table(header, rows)] if rows else []
 
 
 def _unlike(a: ProtocolResult, b: ProtocolResult) -> list[str]:
