@@ -17,6 +17,8 @@ VERBS = {
     "evaluate": "a finished run again, or weights from elsewhere, under the paper's protocols or your own",
     "predict": "what videos show, among labels of your own",
     "calibrate": "how sure a run may be, and when a video shows none of the labels",
+    "serve": "a live page on this machine: a video, labels, and the anchor weight under your hand",
+    "export": "a model as one file that runs without this package: ONNX, or torch.export",
     "compare": "the results of several evaluations in one table",
     "inspect": "a data set before using it: its videos, its classes, and what can't be read",
 }

@@ -19,6 +19,8 @@ OPTIONS = Path(__file__).with_name("options")
         ("evaluate_run.txt", ["evaluate", "runs/mine"]),
         ("predict.txt", ["predict"]),
         ("calibrate.txt", ["calibrate"]),
+        ("export.txt", ["export"]),
+        ("serve.txt", ["serve"]),
         ("compare.txt", ["compare"]),
         ("inspect.txt", ["inspect"]),
     ],

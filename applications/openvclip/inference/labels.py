@@ -53,10 +53,10 @@ def read_labels(text: str) -> dict[str, list[str]]:
         ValueError: JSON that is neither.
     """
     if not text.lower().endswith((".txt", ".json")) and not os.path.isfile(text):
-        return _classes(text.split(","))
+        return classes_of(text.split(","))
     content = storage.read_text(text)
     if not text.lower().endswith(".json"):
-        return _classes(content.split("\n"))
+        return classes_of(content.split("\n"))
     try:
         found = json.loads(content)
     except json.JSONDecodeError as error:
@@ -71,7 +71,7 @@ def read_labels(text: str) -> dict[str, list[str]]:
     return found if isinstance(found, dict) else _distinct([(name, [name]) for name in found])
 
 
-def _classes(texts: Sequence[str]) -> dict[str, list[str]]:
+def classes_of(texts: Sequence[str]) -> dict[str, list[str]]:
     """Classes of texts `name|another name`; what is empty is left out."""
     names = [[name.strip() for name in text.split("|")] for text in texts if text.strip()]
     return _distinct([(several[0], several) for several in names])

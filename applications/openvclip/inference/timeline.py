@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import matplotlib as mpl
 import numpy as np
@@ -17,12 +18,16 @@ _CURVES = 6
 
 
 def plot_timeline(
-    path: Path, timeline: Timeline, labels: Sequence[str], probabilities: np.ndarray, segments: Sequence[Segment]
+    path: Path | BinaryIO,
+    timeline: Timeline,
+    labels: Sequence[str],
+    probabilities: np.ndarray,
+    segments: Sequence[Segment],
 ) -> None:
     """Draw a video's stills, the stretches of its best labels, and the curves of the labels that matter most.
 
     Args:
-        path: Where to, as PNG.
+        path: Where to, a path or an open file, as PNG.
         timeline: The windows.
         labels: K of them.
         probabilities: (W, K).
@@ -50,4 +55,4 @@ def plot_timeline(
     curves.grid(alpha=0.3)
     figure.legend(loc="outside right center", fontsize=9, frameon=False)
     with mpl.rc_context({"savefig.dpi": 130}):
-        figure.savefig(path)
+        figure.savefig(path, format="png")

@@ -1,0 +1,1 @@
+"""A live page: a video, labels in words, and the anchor weight under one's hand."""
