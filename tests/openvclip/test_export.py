@@ -76,7 +76,11 @@ def test_onnx_takes_any_number_of_videos_and_classes_and_the_anchor_weight(
         classes = classifier.embeddings_of(LABELS[:k])
         with classifier.at(weight):
             expected = classifier.logits(classifier.embed(clips[:n]), classes)
-        inputs = {"video": clips[:n].numpy(), "class_embeddings": classes.numpy(), "anchor_weight": np.array(weight, np.float32)}
+        inputs = {
+            "video": clips[:n].numpy(),
+            "class_embeddings": classes.numpy(),
+            "anchor_weight": np.array(weight, np.float32),
+        }
         (found,) = session.run(["logits"], inputs)
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-4)
     assert json.loads((tmp_path / "labels.json").read_text())["anchor_weight"] == "input"

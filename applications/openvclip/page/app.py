@@ -108,7 +108,7 @@ def blocks(page: Page, uploads: Path, kept_s: int) -> gr.Blocks:
                     label="Video",
                     sources=["upload", "webcam"],
                     webcam_options=gr.WebcamOptions(mirror=False),
-                    height=360,
+                    height=400,
                     elem_id="video",
                     buttons=[],
                 )
@@ -116,14 +116,14 @@ def blocks(page: Page, uploads: Path, kept_s: int) -> gr.Blocks:
                     for name in content.examples:
                         button = gr.Button(name, size="sm", elem_classes="example")
                         button.click(_calls(page.example, name, uploads), None, video, api_visibility="private")
+            with gr.Column(scale=6):
                 labels = gr.Textbox(
                     content.labels,
                     label="Labels",
                     info="In your own words, parted by commas; | parts several names of one.",
-                    lines=3,
+                    lines=2,
                     elem_id="labels",
                 )
-            with gr.Column(scale=6):
                 weight = gr.Slider(
                     0,
                     1,
@@ -136,16 +136,19 @@ def blocks(page: Page, uploads: Path, kept_s: int) -> gr.Blocks:
                     buttons=[],
                 )
                 bars = gr.HTML(drawing.told(WAITING), elem_id="answers")
-                if content.tradeoff:
-                    gr.Markdown("### What this weight gives and takes")
+        timeline = gr.HTML("", elem_id="timeline")
+        with gr.Row(equal_height=False):
+            if content.tradeoff:
+                with gr.Column(scale=5):
+                    gr.HTML(drawing.heading("What this weight gives and takes", level=2))
                     curve = gr.HTML(page.curve(page.classifier.anchor_weight), elem_id="curve")
                     weight.input(
                         page.curve, weight, curve, show_progress="hidden", trigger_mode="always_last", queue=False
                     )
-        timeline = gr.HTML("", elem_id="timeline")
-        if content.confusions:
-            gr.Markdown("### What the evaluation mixed up most")
-            gr.HTML(content.confusions, elem_id="confusions")
+            if content.confusions:
+                with gr.Column(scale=6):
+                    gr.HTML(drawing.heading("What the evaluation mixed up most", level=2))
+                    gr.HTML(content.confusions, elem_id="confusions")
 
         shown: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
         everything = [looks, bars, timeline]

@@ -15,6 +15,7 @@ from applications.openvclip.zeroshot.results import BASELINE, Results
 
 CSS = """
 .heading { font-size: 1.6rem; font-weight: 700; margin: .2rem 0; }
+h2.heading { font-size: 1.1rem; }
 .heading small { font-size: .95rem; font-weight: 400; opacity: .65; margin-left: .6rem; }
 .answers { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr 3.5rem; gap: .45rem .8rem;
   align-items: center; font-size: 1rem; }
@@ -25,7 +26,7 @@ CSS = """
 .answers strong { font-weight: 650; }
 .told { padding: .8rem 1rem; border-radius: .5rem; background: rgba(128, 128, 128, .12); line-height: 1.45; }
 .fault { background: #fff0e6; color: #8a2f00; border-left: 4px solid #e8590c; }
-.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .8rem; }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: .8rem; }
 .pair { border: 1px solid rgba(128, 128, 128, .3); border-radius: .6rem; padding: .7rem .8rem; line-height: 1.4; }
 .pair img { display: inline-block; width: 64px; height: 64px; border-radius: .3rem; margin: 0 .35rem .35rem 0; }
 .pair small { opacity: .7; }
@@ -56,9 +57,9 @@ def told(text: str, *, fault: bool = False) -> str:
     return f'<div class="told{" fault" * fault}">{escape(text)}</div>'
 
 
-def heading(name: str, about: str) -> str:
-    """The head of the page."""
-    return f'<h1 class="heading">{escape(name)} <small>{escape(about)}</small></h1>'
+def heading(name: str, about: str = "", *, level: int = 1) -> str:
+    """The head of the page, or of a part of it."""
+    return f'<h{level} class="heading">{escape(name)} <small>{escape(about)}</small></h{level}>'
 
 
 def picture(content: bytes, kind: str, alt: str) -> str:
@@ -123,7 +124,7 @@ class Tradeoff:
         low, high = everything.min(axis=0), everything.max(axis=0)
         margin = 0.12 * np.maximum(high - low, 1)
         low, high = low - margin, high + margin
-        width, height, left, top, bottom = 480, 250, 52, 14, 44
+        width, height, left, top, bottom = 480, 300, 52, 14, 44
 
         def pixel(place: Sequence[float]) -> tuple[float, float]:
             x, y = (np.asarray(place) - low) / (high - low)
