@@ -83,6 +83,13 @@ def _parser() -> argparse.ArgumentParser:
         help="weight of the anchor in the first block of a network and in the last, in equal steps between (LiNeS)",
     )
     sub.add_argument("--extrapolate", action="store_true", help="let weights of the anchor be outside [0, 1]")
+    sub.add_argument(
+        "--theta-only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="what theta has and the anchor has not, such as 'head.*' or, for new rows, 'embed.weight[32000:]'",
+    )
     writes(sub)
     sub = command("average", _average, "Write the mean of checkpoints, or of the snapshots of a training.")
     sub.add_argument("checkpoints", nargs="+", help="the oldest first; a folder of snapshots stands for all in it")
@@ -121,6 +128,7 @@ def _patch(options: argparse.Namespace) -> int:
         options.output,
         anchor_weight=_by_depth(options) if options.by_depth else ratio(options.anchor_weight),
         extrapolate=options.extrapolate,
+        theta_only=options.theta_only,
         dry_run=options.dry_run,
         progress=progress_line(),
     )

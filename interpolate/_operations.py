@@ -161,10 +161,14 @@ def checked(name: str, mixed: Tensor, tensors: list[Tensor]) -> Tensor:
     return mixed
 
 
-def patch_recipe(anchor_weight: Ratio, extrapolate: bool) -> Recipe:
+def patch_recipe(anchor_weight: Ratio, extrapolate: bool, theta_only: Sequence[str]) -> Recipe:
     """What `patch` does, checked and in Python's numbers; what is not asked for is not in it."""
     recipe = {"operation": "patch", "anchor_weight": as_numbers(anchor_weight, extrapolate)}
-    return {**recipe, "extrapolate": True} if extrapolate else recipe
+    if extrapolate:
+        recipe["extrapolate"] = True
+    if theta_only:
+        recipe["theta_only"] = theta_only if isinstance(theta_only, str) else list(theta_only)
+    return recipe
 
 
 def as_numbers(anchor_weight: Ratio, extrapolate: bool) -> Ratio:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from interpolate._distributed import DistributedShard, distributed_folder, distributed_safetensors
-from interpolate._names import bare, renamed
+from interpolate._names import bare
 from interpolate._pickled import PickledShard
 from interpolate._pickling import write_pickled
 from interpolate._places import (
@@ -123,11 +123,10 @@ class Checkpoint:
         counters = {name for shard in shards for name in shard.entries} - {*self.stored_names.values()}
         return [*sorted(counters), *(name for shard in shards for name in shard.rest)]
 
-    def rename(self, reference: Iterable[str]) -> None:
-        """Take the names of another checkpoint where these differ from them by one prefix before all of them."""
-        names = renamed(self.entries, reference)
-        self.entries = {names[name]: entry for name, entry in self.entries.items()}
-        self.stored_names = {names[name]: stored for name, stored in self.stored_names.items()}
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Go by other names, such as those of another checkpoint; what has none is left out."""
+        self.entries = {names[name]: entry for name, entry in self.entries.items() if name in names}
+        self.stored_names = {names[name]: stored for name, stored in self.stored_names.items() if name in names}
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor."""

@@ -23,6 +23,7 @@ def patch_files(
     *,
     anchor_weight: Ratio,
     extrapolate: bool = False,
+    theta_only: Sequence[str] = (),
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -34,7 +35,7 @@ def patch_files(
         output: Written in the names, dtypes and shards of theta, and not before all of it is well: see
             `interpolate.checkpoints.write`. Its metadata holds the recipe and the hashes of the inputs; in files of
             `torch.save`, a record of the archive beside what `torch.load` gives.
-        anchor_weight: As for `patch`, and so is `extrapolate`.
+        anchor_weight: As for `patch`, and so are `extrapolate` and `theta_only`.
         dry_run: Do everything except writing, and hashing the inputs for the record.
         progress: Called from time to time.
 
@@ -52,7 +53,7 @@ def patch_files(
         >>> load_file("out.safetensors"), report.tensors[0].distance
         ({'w': tensor([0.2500])}, 1.0)
     """
-    recipe = patch_recipe(anchor_weight, extrapolate)
+    recipe = patch_recipe(anchor_weight, extrapolate, theta_only)
     return mix_files([theta, anchor], recipe, None if dry_run else output, progress)
 
 

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from interpolate._mixing import Mixing, report_on, take_names
 from interpolate._operations import is_mixed
 from interpolate._recipes import Path, folder_of, recipe_of
+from interpolate._theta_only import ThetaOnly
 from interpolate.checkpoints import Checkpoint
 from interpolate.errors import WeightMismatchError
 from interpolate.reports import Comparison, Report, same_bits
@@ -51,7 +52,7 @@ def diff(first: Path, second: Path) -> Report:
     paths = [os.fspath(first), os.fspath(second)]
     with Checkpoint(first) as a, Checkpoint(second) as b:
         report = Report(paths, tied=a.tied())
-        take_names(b, paths[1], a, report)
+        take_names(b, paths[1], ThetaOnly((), a.entries), report)
         report.unmatched = _unmatched(a, b, paths)
         for name, entry in a.entries.items():
             if name in b.entries and b.entries[name].shape == entry.shape:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from interpolate._names import bare, by_bare_name, renamed, unwrapped
 from interpolate._operations import Ratio, Recipe, compiled, is_mixed, patch_recipe, sides_of, without_extra_state
+from interpolate._theta_only import ThetaOnly
 from interpolate._unmixable import check_mixable
 from interpolate.checkpoints import Checkpoint, Entry
 from interpolate.weights import Weights, check_match
@@ -21,7 +22,14 @@ Source: TypeAlias = "Weights | nn.Module | str | os.PathLike[str] | Checkpoint"
 """Where weights come from: a state dict, a module, or a checkpoint, open or by its path or URL."""
 
 
-def patch(anchor: Source, theta: Source, *, anchor_weight: Ratio, extrapolate: bool = False) -> dict[str, Tensor]:
+def patch(
+    anchor: Source,
+    theta: Source,
+    *,
+    anchor_weight: Ratio,
+    extrapolate: bool = False,
+    theta_only: Sequence[str] = (),
+) -> dict[str, Tensor]:
     """Interpolate two sets of weights: `anchor_weight * anchor + (1 - anchor_weight) * theta`.
 
     Floating-point weights are mixed; everything else (integer and complex tensors, the buffers of a module, BatchNorm
@@ -38,6 +46,9 @@ def patch(anchor: Source, theta: Source, *, anchor_weight: Ratio, extrapolate: b
         anchor_weight: Weight of the anchor, in [0, 1]; 0 returns theta, 1 the anchor, bit for bit. Or such a weight by
             name pattern, the first that fits: `{"visual.*": 0.3, "*": 0.5}`; `by_depth` makes them.
         extrapolate: Let `anchor_weight` be any finite number: below 0 is beyond theta, above 1 beyond the anchor.
+        theta_only: Patterns of what is theta's own and not the anchor's, such as `"head.*"`, a new head: it stays what
+            it is, whatever the anchor has of such names. `"embed.weight[32000:]"` are the rows from 32000 on, added to
+            those that the anchor has.
 
     Returns:
         New tensors in theta's dtype and on its device, under theta's names without those of wrappers (DDP,
@@ -54,7 +65,7 @@ def patch(anchor: Source, theta: Source, *, anchor_weight: Ratio, extrapolate: b
         >>> patch({"w": torch.ones(1)}, {"w": torch.zeros(1)}, anchor_weight=0.25)["w"]
         tensor([0.2500])
     """
-    return mix([theta, anchor], patch_recipe(anchor_weight, extrapolate))
+    return mix([theta, anchor], patch_recipe(anchor_weight, extrapolate, theta_only))
 
 
 def slerp(anchor: Source, theta: Source, *, anchor_weight: float) -> dict[str, Tensor]:
@@ -109,12 +120,21 @@ def mix(sources: Sequence[Source], recipe: Recipe) -> dict[str, Tensor]:
     """Carry out a recipe on whole tensors in memory. The first source gives names, dtypes and what is not mixed."""
     if not sources:
         raise ValueError("there is nothing to mix: no set of weights was given.")
-    first, *others = matched([*map(weights_of, sources)], sides_of(recipe, len(sources)))
-    kept = buffer_names(sources, first)
+    theta, *rest = map(weights_of, sources)
+    parts = ThetaOnly(recipe.get("theta_only", ()), theta)
+    completed = [
+        {
+            name: parts.completed(name, tensor, theta[name]) if name in parts.rows else tensor
+            for name, tensor in some.items()
+        }
+        for some in (parts.paired(theta, weights) for weights in rest)
+    ]
+    first, *others = matched([parts.shared(theta), *completed], sides_of(recipe, len(sources)))
+    kept = buffer_names(sources, parts)
     weights = {name: tensor for name, tensor in first.items() if is_mixed(name, tensor.dtype) and name not in kept}
     operation = compiled(recipe, list(weights), len(sources))
     mixed = {}
-    for name, tensor in first.items():
+    for name, tensor in theta.items():
         if name in weights:
             mixed[name] = operation(name, [tensor, *(other[name] for other in others)])
         else:
@@ -167,12 +187,12 @@ def matched(sets: Sequence[Mapping[str, T]], sides: Sequence[str]) -> list[dict[
     return named
 
 
-def buffer_names(sources: Sequence[Source], first: Weights) -> set[str]:
-    """What is a buffer in one of those sources that are modules, by the names of the first source."""
+def buffer_names(sources: Sequence[Source], parts: ThetaOnly) -> set[str]:
+    """What is a buffer in one of those sources that are modules, by the names of the first source, as far as shared."""
     kept: set[str] = set()
     for source in sources:
         if isinstance(source, nn.Module):
-            names = renamed(weights_of(source), first)
+            names = parts.names(weights_of(source))
             buffers = by_bare_name(unwrapped(source).named_buffers(remove_duplicate=False))
             kept |= {names[name] for name in buffers if name in names}
     return kept

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from interpolate._names import renamed
 from interpolate._operations import checked, is_mixed, summed, without_extra_state
+from interpolate._theta_only import ThetaOnly
 from interpolate.checkpoints import Checkpoint
 from interpolate.patching import Source, buffer_names, matched, patch, uniform_soup, weights_of
 from interpolate.weights import Weights, applied, check_coefficient, trainable_weights
@@ -65,6 +66,7 @@ def evaluate_path(
     anchor_weights: Sequence[float] = tuple(i / 10 for i in range(11)),
     theta: Weights | None = None,
     extrapolate: bool = False,
+    theta_only: Sequence[str] = (),
 ) -> PathValues:
     """Evaluate a model at weights along the path from theta to the anchor; its own come back whatever happens.
 
@@ -74,6 +76,7 @@ def evaluate_path(
         anchor: The pretrained weights by name, such as `regularizer.anchor`.
         evaluate: Called with the model once for each weight of the anchor.
         anchor_weights: In [0, 1], or any finite numbers with `extrapolate`.
+        theta_only: As for `patch`.
         theta: The fine-tuned weights by name, such as `averager.weights`; by default those of the model.
 
     Raises:
@@ -94,7 +97,8 @@ def evaluate_path(
     theta = {name: tensor.detach().clone() for name, tensor in source.items()}
     values = []
     for weight in anchor_weights:
-        with applied(model, patch(anchor, theta, anchor_weight=weight, extrapolate=extrapolate)):
+        mixed = patch(anchor, theta, anchor_weight=weight, extrapolate=extrapolate, theta_only=theta_only)
+        with applied(model, mixed):
             values.append(float(evaluate(model)))
     return PathValues(tuple(map(float, anchor_weights)), tuple(values))
 
@@ -131,11 +135,13 @@ def choose_anchor_weight(
     method: Literal["grid", "golden"] = "grid",
     points: int = 11,
     theta: Weights | None = None,
+    theta_only: Sequence[str] = (),
 ) -> ChosenWeight:
     """Search the weight of the anchor with the highest value of `evaluate` on held-out data.
 
     Args:
-        model: As for `evaluate_path`, and so are `anchor`, `evaluate` and `theta`; higher values are better.
+        model: As for `evaluate_path`, and so are `anchor`, `evaluate`, `theta` and `theta_only`; higher values are
+            better.
         data: Name of the data that `evaluate` uses, for the record and for `ChosenWeight.to_report_on`.
         method: `"grid"` evaluates equally spaced weights, ends included. `"golden"` narrows the range by golden
             section, which finds the maximum only if there is a single one.
@@ -160,7 +166,8 @@ def choose_anchor_weight(
     theta = trainable_weights(model) if theta is None else theta
 
     def value(*weights: float) -> tuple[float, ...]:
-        return evaluate_path(model, anchor, evaluate, anchor_weights=weights, theta=theta).values
+        path = evaluate_path(model, anchor, evaluate, anchor_weights=weights, theta=theta, theta_only=theta_only)
+        return path.values
 
     if method == "grid":
         weights = tuple(i / (points - 1) for i in range(points))
@@ -231,7 +238,7 @@ def greedy_soup(sources: Sequence[Source], evaluate: Callable[[dict[str, Tensor]
             raise ValueError(f"evaluate gave nan for {names[[*map(math.isnan, alone)].index(True)]}.")
         first, *others = sorted(range(len(sources)), key=lambda i: -alone[i])
         chosen, best = [first], alone[first]
-        soup = _GrowingMean(opened[first], buffer_names(opened, weights_of(opened[first])))
+        soup = _GrowingMean(opened[first], buffer_names(opened, ThetaOnly((), weights_of(opened[first]))))
         for i in others:
             candidate = soup.renamed(opened[i])
             value = float(evaluate(soup.mean_with(candidate)))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from interpolate._names import by_bare_name, renamed, unwrapped
 from interpolate._operations import checked
 from interpolate._sharding import like, local
+from interpolate._theta_only import ThetaOnly
 from interpolate._unmixable import check_mixable
 from interpolate.patching import Source, weights_of
 from interpolate.weights import Weights, check_coefficient, check_match, lerp, trainable_weights
 
 
-def pull(model: nn.Module, toward: Source, *, weight: float) -> None:
+def pull(model: nn.Module, toward: Source, *, weight: float, theta_only: Sequence[str] = ()) -> None:
     """Move a model's trainable weights towards others: `weight * toward + (1 - weight) * theta`, in place.
 
     Done every so many steps with the anchor, fine-tuning stays near it (sequential fine-tuning with averaging, SFA);
@@ -27,6 +30,7 @@ def pull(model: nn.Module, toward: Source, *, weight: float) -> None:
         toward: Such as `regularizer.anchor` or `averager.weights`: for every trainable floating-point parameter a
             tensor, whole or sharded. What else the model has (frozen parameters, buffers) may be there and is ignored.
         weight: Weight of `toward`, in [0, 1]; 0 changes nothing, 1 copies.
+        theta_only: Patterns of parameters that stay the model's own, which `toward` need not have: `["head.*"]`.
 
     Raises:
         WeightMismatchError, ValueError: They can't be mixed, a result is not finite, or `weight` is out of its range.
@@ -41,6 +45,10 @@ def pull(model: nn.Module, toward: Source, *, weight: float) -> None:
         3.0
     """
     theta, weights = trainable_weights(model), weights_of(toward)
+    parts = ThetaOnly(theta_only, theta)
+    if parts.rows:
+        raise ValueError(f"theta_only: rows are not pulled apart, got {list(theta_only)}; name the whole weights.")
+    theta = parts.shared(theta)
     bare = unwrapped(model)
     own = {
         **by_bare_name(bare.named_parameters(remove_duplicate=False)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from interpolate._strategies import (
     has_reentrant_checkpoint,
     without_gradient,
 )
+from interpolate._theta_only import ThetaOnly
 from interpolate.errors import WeightMismatchError
 from interpolate.pulling import pull_tensors
 from interpolate.weights import Weights, check_match, listed, trainable_weights
@@ -53,6 +54,9 @@ class InterpolatedWeightRegularizer(AlphaSequence):
         max_alpha: Upper end of the range of alpha, in [0, 1); published: 0.6.
         strength: Weight of the regularizing gradient, the paper's C, not negative; published: 0.5.
         anchor: The pretrained weights by name, without wrappers' prefixes; by default a copy of the weights now.
+        theta_only: Patterns of what the anchor does not have, such as `"head.*"`, a new head, or the rows that were
+            added to those of the anchor, `"embed.weight[32000:]"`: it is theta's in both passes. Its gradient is that
+            of all else, `g(theta) + strength * g(theta_tilde)`, as if its anchor were wherever it is itself.
         seed: Seed of the sequence of alphas; the same on every rank.
         passes: `"both"` computes the gradient above. Two unbiased estimates of it cost a single pass and have more
             variance: `"split"` gives one half of each batch to either term, so a batch must be in random order;
@@ -83,6 +87,7 @@ class InterpolatedWeightRegularizer(AlphaSequence):
         strength: float = 0.5,
         *,
         anchor: Weights | None = None,
+        theta_only: Sequence[str] = (),
         seed: int = 0,
         passes: Literal["both", "split", "random"] = "both",
         strategy: Literal["functional", "in_place"] | None = None,
@@ -99,9 +104,16 @@ class InterpolatedWeightRegularizer(AlphaSequence):
             raise ValueError(f"{type(model).__name__} has no trainable floating-point parameter to regularize.")
         self.strategy = choose_strategy(model, theta, strategy, through_wrapper=passes == "random")
         """How weights are put under the model: `functional` or `in_place`."""
-        anchor = theta if anchor is None else anchor
-        _check_anchor(theta, anchor)
-        self.anchor: dict[str, Tensor] = {n: like(anchor[n].detach(), p).clone() for n, p in theta.items()}
+        self._parts = ThetaOnly(theta_only, theta)
+        shared = self._parts.shared(theta)
+        anchor = self._parts.paired(theta, theta if anchor is None else anchor)
+        if any(is_sharded(theta[name]) for name in self._parts.rows):
+            raise ValueError("theta_only: rows of sharded weights can't be told apart; name the whole weights.")
+        anchor = {
+            n: self._parts.completed(n, anchor[n], theta[n]) if n in self._parts.rows else anchor[n] for n in anchor
+        }
+        _check_anchor(shared, anchor)
+        self.anchor: dict[str, Tensor] = {n: like(anchor[n].detach(), p).clone() for n, p in shared.items()}
         """The weights to stay near, by name; in the dtype, on the device and in the shards of the model's."""
         sharded = any(map(is_sharded, theta.values()))
         if sharded and alpha_per_rank:
@@ -198,7 +210,8 @@ class InterpolatedWeightRegularizer(AlphaSequence):
                 "Use regularizer.backward(loss_fn)."
             )
         step, theta = self.step, self._trainable()
-        tilde = {name: torch.lerp(p, self.anchor[name], self.alpha) for name, p in theta.items()}
+        anchor = self._anchor_of(theta)
+        tilde = {name: torch.lerp(p, anchor[name], self.alpha) for name, p in theta.items()}
         stand_ins = {id(p): tilde[name] for name, p in theta.items()}
         if not torch.is_grad_enabled():
             return call_at(self.model, stand_ins, lambda model: model(*args, **kwargs))
@@ -223,7 +236,9 @@ class InterpolatedWeightRegularizer(AlphaSequence):
             weight: Weight of `toward`, in [0, 1].
         """
         theta = self._trainable()
-        pull_tensors(self.anchor, theta if toward is None else toward, weight, sides=("the anchor", "toward"))
+        toward = theta if toward is None else toward
+        toward = {n: self._parts.completed(n, t, theta[n]) for n, t in self._parts.paired(theta, toward).items()}
+        pull_tensors(self.anchor, toward, weight, sides=("the anchor", "toward"))
 
     def at_anchor(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass at the anchor, without gradient: a teacher for the loss; see `run_at_anchor`."""
@@ -253,12 +268,20 @@ class InterpolatedWeightRegularizer(AlphaSequence):
         theta = trainable_weights(self.model)
         if self.strategy == "functional" and any(map(is_sharded, theta.values())):
             raise RuntimeError("the model has been sharded since the regularizer was made; make it after fully_shard.")
-        check_match(theta, self.anchor)
-        self.anchor = {name: like(self.anchor[name], p) for name, p in theta.items()}
+        shared = self._parts.shared(theta)
+        check_match(shared, self.anchor)
+        self.anchor = {name: like(self.anchor[name], p) for name, p in shared.items()}
+        for name, n in self._parts.rows.items():
+            self.anchor[name][n:] = theta[name].detach()[n:]
         return theta
 
+    def _anchor_of(self, theta: Mapping[str, Tensor]) -> Weights:
+        """The anchor with what is only theta's, which is where theta is."""
+        return {name: self.anchor[name] if name in self.anchor else p.detach() for name, p in theta.items()}
+
     def _run(self, model: nn.Module, function: Callable[[nn.Module], T], index: int | None) -> T:
-        return STRATEGIES[self.strategy](model, self._trainable(), self.anchor, self.alpha_of(index), function)
+        theta = self._trainable()
+        return STRATEGIES[self.strategy](model, theta, self._anchor_of(theta), self.alpha_of(index), function)
 
     def _interpolated(
         self, model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple, factor: float, index: int | None
