@@ -173,3 +173,11 @@ def test_the_path_and_a_pull_leave_new_parts_alone():
     assert torch.equal(theta.layer.weight, anchor.layer.weight)
     assert torch.equal(theta.head.weight, head)
     assert torch.equal(theta.embed.weight, embed)
+
+
+def test_rows_that_an_anchor_has_beyond_its_own_do_not_count():
+    anchor, theta = pretrained(), fine_tuned()
+    weights = dict(anchor.state_dict())
+    weights["embed.weight"] = torch.cat([weights["embed.weight"], torch.full([2, 3], 9.0).double()])
+    patched = patch(weights, theta, anchor_weight=0.5, theta_only=PATTERNS)
+    torch.testing.assert_close(patched["embed.weight"], expected(anchor, theta, 0.5)["embed.weight"])
