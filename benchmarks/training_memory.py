@@ -10,6 +10,7 @@ resident memory stands beside what was counted.
 from __future__ import annotations
 
 import gc
+
 import open_clip
 import torch
 from iwr_memory import kilobytes
