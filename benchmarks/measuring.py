@@ -18,15 +18,17 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(contenders: dict[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
+def interleaved(
+    contenders: dict[str, Callable[[], object]], runs: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each run, one of every contender in turn, after one that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for run in range(runs + 1):
         for name, contender in contenders.items():
-            start = time.perf_counter()
+            start = clock()
             contender()
             if run:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

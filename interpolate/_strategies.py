@@ -98,7 +98,13 @@ def without_gradient(model: nn.Module, weights: Weights, buffers: Weights, funct
     with torch.no_grad():
         values = {id(p): like(weights[name], p) for name, p in theta.items()}
         if not any(map(is_sharded, theta.values())):
-            return call_at(inner(model), stand_ins | values, function)
+            # As parameters do they require gradients, by which torch chooses kernels: other ones take twice as long in
+            # some layers. And as parameters, autocast keeps their casts.
+            leaves = {own: value.detach().requires_grad_() for own, value in values.items()}
+            try:
+                return call_at(inner(model), stand_ins | leaves, function)
+            finally:
+                torch.clear_autocast_cache()
         shards = [local(p).data for p in theta.values()]  # without the counter by which autograd sees changes
         with isolated(inner(model), stand_ins | {id(p): p for p in theta.values()}), _restored(shards):
             try:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from random_modules import batch, identical, modules, moved, snapshot
 from test_isolation import Stateful, state_of
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from interpolate import (
@@ -23,7 +24,7 @@ from interpolate import (
     WeightMismatchError,
     load_weights,
 )
-from interpolate.weights import trainable_weights
+from interpolate.weights import Weights, trainable_weights
 
 F = nn.functional
 FAMILY = [SWAAverager, partial(EMAAverager, decay=0.7), partial(LAWAAverager, k=2)]
@@ -46,11 +47,15 @@ def move(model: nn.Module) -> None:
     model.load_state_dict({**model.state_dict(), **{n: p.detach() for n, p in moved(model).named_parameters()}})
 
 
-def explicit(averager: WeightAverager) -> nn.Module:
+def explicit(averager: WeightAverager) -> Teacher:
     """A module of its own at the average."""
-    teacher = copy.deepcopy(averager.model)
-    load_weights(teacher, {**averager.weights, **averager.buffers})
-    return teacher.requires_grad_(False)
+    return copied(averager.model, {**averager.weights, **averager.buffers})
+
+
+def copied(model: nn.Module, weights: Weights, training: bool = True) -> Teacher:
+    teacher = copy.deepcopy(model)
+    load_weights(teacher, weights)
+    return torch.no_grad()(teacher if training else teacher.eval())
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -104,9 +109,7 @@ def test_a_step_with_the_anchor_as_teacher_is_that_with_an_explicit_copy(model: 
     model.load_state_dict(moved(model).state_dict())
     x, before = batch()[0], snapshot(model)
     for first in (True, False):
-        teacher = copy.deepcopy(model)
-        load_weights(teacher, regularizer.anchor)
-        expected = step(model, x, teacher.requires_grad_(False), first=first, student=model)
+        expected = step(model, x, copied(model, regularizer.anchor), first=first, student=model)
         restore(model, before)
         check_same(step(model, x, regularizer.at_anchor, first=first, student=model), expected)
         restore(model, before)
@@ -141,7 +144,7 @@ def test_a_function_may_put_the_teacher_into_a_mode_of_its_own():
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.BatchNorm1d(3)).double()
     averager, x = averaged(model), batch()[0]
     output: Any = averager.run(lambda model: model.eval()(x))
-    assert torch.equal(output, explicit(averager).eval()(x))
+    assert torch.equal(output, copied(model, {**averager.weights, **averager.buffers}, training=False)(x))
     assert all(module.training for module in model.modules())
     check_as_a_copy(averager, x)  # with dropout: the same seed, the same masks
 
@@ -181,6 +184,30 @@ def test_half_precision_is_that_of_a_copy():
     check_as_a_copy(averaged(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)).bfloat16()), batch()[0].bfloat16())
 
 
+class Operations(TorchDispatchMode):
+    """Notes the operations of torch that are done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_teacher_takes_the_kernels_of_a_plain_pass_without_gradient():
+    model = nn.Linear(3, 3, bias=False)  # whose product is folded, or not, by whether the weights require gradients
+    averager, regularizer = SWAAverager(model, start_at="anchor"), InterpolatedWeightRegularizer(model)
+    x = torch.randn(4, 5, 3).transpose(0, 1)
+    with Operations() as plain, torch.no_grad():
+        model(x)
+    for run in (averager.run, regularizer.run_at_anchor):
+        with Operations() as found:
+            run(lambda model: (found.names.clear(), model(x), found.names.append("the end")))
+        assert found.names[: found.names.index("the end")] == plain.names
+
+
 class Twice(nn.Module):
     """One submodule under two names, a recurrent layer that keeps its weights in a list, and tied weights."""
 
@@ -217,9 +244,7 @@ def test_a_compiled_model_is_compiled_once_for_the_teacher():
     averager, x = averaged(compiled), batch()[0]
     for _ in range(4):
         output, target = compiled(x), averager(x)
-        teacher = explicit(SWAAverager(model, start_at="anchor"))
-        load_weights(teacher, averager.weights)
-        assert torch.equal(target, teacher(x))
+        assert torch.equal(target, copied(model, averager.weights)(x))
         F.mse_loss(output, target).backward()
         assert len(gradients(model)) == 4
         move(model)
@@ -232,8 +257,7 @@ def test_a_teacher_may_be_asked_within_the_loss_at_interpolated_weights(strategy
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)).double()
     anchor, averager = trainable_weights(moved(model)), averaged(model)
     x, before = batch()[0], snapshot(model)
-    frozen = copy.deepcopy(model).requires_grad_(False)
-    load_weights(frozen, anchor)
+    frozen = copied(model, anchor)
     found = []
     for explicitly in (True, False):
         regularizer = InterpolatedWeightRegularizer(model, anchor=anchor, strategy=strategy)
