@@ -30,6 +30,7 @@ UNMIXABLE = "tests/test_unmixable.py"
 PATH = "tests/test_path.py"
 CLI = "tests/test_cli.py"
 KERNELS = "tests/test_kernels.py"
+TEACHER = "tests/test_teacher.py"
 
 MUTANTS = [
     # file, line or part of it, what it becomes, tests
@@ -63,9 +64,9 @@ MUTANTS = [
     ("_strategies.py", "[local(anchor[name]) for name in theta], alpha)", "[local(anchor[name]) for name in theta], 1 - alpha)", REGULARIZER),
     ("_strategies.py", ".grad = theta[name].grad, None", ".grad = None, None", REGULARIZER),
     ("_strategies.py", "    if leaked:", "    if False:", REGULARIZER),
-    ("_strategies.py", "p.detach().clone() for p in model.parameters()", "p for p in model.parameters()", REGULARIZER),
+    ("_strategies.py", "p.detach().clone() for p in others", "p for p in others", REGULARIZER),
     ("_strategies.py", "torch._foreach_copy_(tensors, backup)", "pass", REGULARIZER),
-    ("_strategies.py", "    torch.clear_autocast_cache()\n", "", REGULARIZER),
+    ("_strategies.py", "    torch.clear_autocast_cache()\n    reshard", "    reshard", REGULARIZER),
     ("_strategies.py", "    reshard(model)\n", "", FSDP2),
     ("_strategies.py", "p.grad = gradient\n", "pass\n", REGULARIZER),
     ("_strategies.py", "    if sharded:", "    if False:", FSDP2),
@@ -105,19 +106,26 @@ MUTANTS = [
     ("weights.py", "        return anchor.to(theta.dtype, copy=True)", "        return theta.clone()", PATCHING),
     ("weights.py", "anchor.to(precision), anchor_weight)", "anchor.to(precision), 1 - anchor_weight)", PATCHING),
     ("_averager.py", "return torch.float64", "return torch.float32", AVERAGING),
-    ("_averager.py", "self.buffers = _copied(persistent_buffers(self.model))\n        self.n_averaged", "self.n_averaged", AVERAGING),
+    ("_averager.py", "        self.buffers = _copied(persistent_buffers(self.model))\n        for", "        for", AVERAGING),
+    ("_averager.py", "like(self._average(name), self.buffers[name])", "self.buffers[name]", AVERAGING),
+    ("_averager.py", "if start_at == \"anchor\":", "if False:", AVERAGING),
+    ("_averager.py", "self.weights, self.buffers, function)", "self.weights, {}, function)", TEACHER),
+    ("_strategies.py", "value.detach().requires_grad_()", "value.detach()", TEACHER),
+    ("_strategies.py", "local(p).data for p in theta.values()]  #", "local(p).clone() for p in theta.values()]  #", SHARDED),
+    ("_strategies.py", "{id(p): p for p in theta.values()}), _restored(shards):", "{id(p): p for p in theta.values()}):", SHARDED),
+    ("_strategies.py", "return call_at(inner(model), stand_ins | leaves", "return call_at(model, stand_ins | leaves", SHARDED),
     ("_averager.py", "self.step <= self.start_step", "self.step < self.start_step", AVERAGING),
     ("_averager.py", "{**self.weights, **self.buffers}", "self.weights", AVERAGING),
     ("_averager.py", "local(own[name]).copy_(local(like(given, own[name])))", "pass", AVERAGING),
     ("_averager.py", "own[name] = tensor.to(torch.promote_types(tensor.dtype, given.dtype))", "own[name] = tensor", AVERAGING),
     ("_averager.py", "torch.promote_types(kept.dtype, self._kept_dtype(p))", "kept.dtype", AVERAGING),
-    ("_averager.py", "        _check_shards(theta, self._sets[0])\n", "", SHARDED),
-    ("averaging.py", "return 1.0\n", "return self.n_averaged + 1.0\n", AVERAGING),
-    ("averaging.py", "(1 + n) / (10 + n)", "(1 + n) / (11 + n)", AVERAGING),
-    ("averaging.py", "/ decay if n else 1.0", "/ decay if n else 2.0 * (1 - decay)", AVERAGING),
+    ("_averager.py", "        _check_shards(tensors, self._sets[0])\n", "", SHARDED),
+    ("averaging.py", "if self.n_averaged else 1.0", "if self.n_averaged else 2.0", AVERAGING),
+    ("averaging.py", "self.n_averaged + 1, self._total_weight)", "self.n_averaged + 2, self._total_weight)", AVERAGING),
+    ("averaging.py", "{self.kernel})\"", "...)\"", AVERAGING),
     ("averaging.py", "torch._foreach_mul_(sums, scale)", "pass", AVERAGING),
     ("averaging.py", "            weight *= scale\n", "", AVERAGING),
-    ("averaging.py", "max(decay, 2.0**-900)", "decay", AVERAGING),
+    ("kernels.py", "max(decay, 2.0**-900)", "decay", AVERAGING),
     ("averaging.py", "part.add_(more.double(), alpha=weight)", "part.add_(more, alpha=1)", AVERAGING),
     ("averaging.py", "self._sets[self.n_averaged % len(self._sets)]", "self._sets[0]", AVERAGING),
     ("averaging.py", "min(self.n_averaged + 1, len(self._sets))", "len(self._sets)", AVERAGING),
