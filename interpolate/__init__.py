@@ -6,9 +6,10 @@ from interpolate.depth import by_depth
 from interpolate.errors import CheckpointError, WeightMismatchError
 from interpolate.files import average_files, patch_files
 from interpolate.patching import patch, slerp, task_arithmetic, uniform_soup
-from interpolate.path import choose_anchor_weight, evaluate_path, greedy_soup
+from interpolate.path import evaluate_path, greedy_soup
 from interpolate.pulling import pull
 from interpolate.regularizer import InterpolatedWeightRegularizer
+from interpolate.searching import choose, repair
 from interpolate.snapshots import Snapshots, snapshot_paths
 from interpolate.synthesis import average_snapshots
 from interpolate.weights import applied, load_weights
@@ -27,7 +28,7 @@ __all__ = [
     "average_files",
     "average_snapshots",
     "by_depth",
-    "choose_anchor_weight",
+    "choose",
     "evaluate_path",
     "greedy_soup",
     "load_weights",
@@ -35,6 +36,7 @@ __all__ = [
     "patch_files",
     "pull",
     "reestimate_batchnorm",
+    "repair",
     "slerp",
     "snapshot_paths",
     "task_arithmetic",

@@ -15,10 +15,11 @@ from interpolate import files, inspection
 from interpolate._arguments import EvaluateError, function_of, numbers, progress_line, ratio, ratios_last
 from interpolate._operations import Ratio, is_mixed
 from interpolate.checkpoints import Checkpoint
+from interpolate.choosing import Choice, check_can_plot, check_held_out
 from interpolate.depth import by_depth, towers
-from interpolate.patching import patch, weights_of
-from interpolate.path import PathValues, greedy_soup
+from interpolate.path import greedy_soup
 from interpolate.reports import Report, as_json
+from interpolate.searching import ANCHOR_WEIGHTS, KERNELS, choose, repair
 from interpolate.snapshots import with_folders_opened
 from interpolate.synthesis import average_snapshots, latest_first
 
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the exit code."""
     options = _parser().parse_args(ratios_last(sys.argv[1:] if arguments is None else arguments))
     try:
+        if getattr(options, "plot", None):
+            check_can_plot()
         return options.run(options)
     except EvaluateError as error:
         raise error.own from None
@@ -59,11 +62,21 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("-o", "--output", required=True, help="what to write: as a whole, or not at all")
         sub.add_argument("--dry-run", action="store_true", help="do everything except writing")
 
-    evaluate = {
-        "required": True,
-        "metavar": "MODULE:FUNCTION",
-        "help": "called with name → tensor; its value is better the higher it is",
-    }
+    def keeps(sub: argparse.ArgumentParser) -> None:
+        text = "what theta has and the anchor has not, such as 'head.*' or, for new rows, 'embed.weight[32000:]'"
+        sub.add_argument("--theta-only", action="append", default=[], metavar="PATTERN", help=text)
+
+    def evaluates(sub: argparse.ArgumentParser, gives: str) -> None:
+        text = f"called with name → tensor; gives {gives}, better the higher"
+        sub.add_argument("--evaluate", required=True, metavar="MODULE:FUNCTION", help=text)
+
+    def searches(sub: argparse.ArgumentParser) -> None:
+        metrics = '{"new": ..., "kept": ...}' if sub.prog.endswith("repair") else "a metric, or several by name"
+        evaluates(sub, f"{metrics}, each a number or one for each example")
+        sub.add_argument("--data", required=True, metavar="NAME", help="what --evaluate uses; no test set")
+        sub.add_argument("-o", "--output", help="write the chosen weights: as a whole, or not at all")
+        sub.add_argument("--plot", metavar="FILE", help="draw what was found into an image; needs matplotlib")
+
     sub = command("patch", _patch, "Mix a fine-tuned checkpoint with the pretrained one.")
     sub.add_argument("anchor", help="the pretrained checkpoint")
     sub.add_argument("theta", help="the fine-tuned checkpoint")
@@ -83,13 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         help="weight of the anchor in the first block of a network and in the last, in equal steps between (LiNeS)",
     )
     sub.add_argument("--extrapolate", action="store_true", help="let weights of the anchor be outside [0, 1]")
-    sub.add_argument(
-        "--theta-only",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="what theta has and the anchor has not, such as 'head.*' or, for new rows, 'embed.weight[32000:]'",
-    )
+    keeps(sub)
     writes(sub)
     sub = command("average", _average, "Write the mean of checkpoints, or of the snapshots of a training.")
     sub.add_argument("checkpoints", nargs="+", help="the oldest first; a folder of snapshots stands for all in it")
@@ -100,14 +107,23 @@ def _parser() -> argparse.ArgumentParser:
     writes(sub)
     sub = command("soup", _soup, "Write the mean of those checkpoints that a greedy soup keeps.")
     sub.add_argument("checkpoints", nargs="+")
-    sub.add_argument("--evaluate", **evaluate)
+    evaluates(sub, "a number")
     writes(sub)
-    sub = command("path", _path, "Evaluate along the path from theta to the anchor.")
-    sub.add_argument("anchor")
-    sub.add_argument("theta")
-    sub.add_argument("--evaluate", **evaluate)
+    sub = command(
+        "choose", _choose, "Choose an average of a training's snapshots, and how much of the anchor to mix in."
+    )
+    sub.add_argument("snapshots", nargs="+", help="a folder of snapshots, or checkpoints, the oldest first")
+    sub.add_argument("--anchor", help="the pretrained checkpoint; without it, averages alone are tried")
+    searches(sub)
+    sub.add_argument("--kernel", nargs="+", action="extend", help=f"what to try (default {' '.join(KERNELS)})")
+    sub.add_argument("--anchor-weights", nargs="+", type=float, metavar="W", help="what to try (default 0, 0.1, ... 1)")
+    sub.add_argument("--last", type=int, metavar="N", help="take the latest N snapshots only")
+    sub = command("repair", _repair, "Find weights between a tuned model and its anchor that keep the old and the new.")
+    sub.add_argument("anchor", help="the pretrained checkpoint")
+    sub.add_argument("theta", help="the fine-tuned checkpoint")
+    searches(sub)
+    keeps(sub)
     sub.add_argument("--points", type=int, default=11, help="how many weights of the anchor, from 0 to 1 (default 11)")
-    sub.add_argument("--plot", metavar="FILE", help="draw the values into an image; needs matplotlib")
     sub = command("inspect", _inspect, "Show what is in a checkpoint.")
     sub.add_argument("checkpoint")
     sub = command(
@@ -154,22 +170,34 @@ def _soup(options: argparse.Namespace) -> int:
     return _show(options, files.average_files(paths, options.output, dry_run=options.dry_run, progress=progress_line()))
 
 
-def _path(options: argparse.Namespace) -> int:
-    if options.points < 2:
-        raise ValueError(f"--points must be at least 2, got {options.points}.")
-    evaluate, progress = function_of(options.evaluate), progress_line()
-    anchor, theta = weights_of(options.anchor), weights_of(options.theta)
-    weights, values = [i / (options.points - 1) for i in range(options.points)], []
-    for weight in weights:
-        values.append(evaluate(patch(anchor, theta, anchor_weight=weight)))
-        progress(len(values), len(weights))
+def _choose(options: argparse.Namespace) -> int:
+    check_held_out("the function of --evaluate", options.evaluate.rpartition(":")[2])
+    choice = choose(
+        options.snapshots,
+        function_of(options.evaluate),
+        data=options.data,
+        anchor=options.anchor,
+        kernels=options.kernel or KERNELS,
+        anchor_weights=ANCHOR_WEIGHTS if options.anchor_weights is None else options.anchor_weights,
+        last=options.last,
+        progress=progress_line(),
+    )
+    return _chosen(options, choice)
+
+
+def _repair(options: argparse.Namespace) -> int:
+    check_held_out("the function of --evaluate", options.evaluate.rpartition(":")[2])
+    evaluate = function_of(options.evaluate)
+    how: dict[str, Any] = {"data": options.data, "points": options.points, "theta_only": options.theta_only}
+    return _chosen(options, repair(options.anchor, options.theta, evaluate, progress=progress_line(), **how))
+
+
+def _chosen(options: argparse.Namespace, choice: Choice) -> int:
     if options.plot:
-        PathValues(tuple(weights), tuple(values)).plot(options.plot, label=options.evaluate)
-    if options.json:
-        print(as_json({"anchor_weights": weights, "values": values}))
-    else:
-        print("anchor_weight  value")
-        print("\n".join(f"{weight:13.4g}  {value:.6g}" for weight, value in zip(weights, values, strict=True)))
+        choice.plot(options.plot)
+    if options.output:
+        choice.write(options.output, progress=progress_line())
+    print(choice.as_json() if options.json else choice)
     return 0
 
 

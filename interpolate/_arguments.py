@@ -64,7 +64,8 @@ def ratio(texts: Sequence[str]) -> Ratio:
         raise ValueError(f"--anchor-weight takes W or PATTERN=W ..., got {' '.join(texts)!r}: {error}.") from error
 
 
-def function_of(text: str) -> Callable[[Any], float]:
+def function_of(text: str) -> Callable[[Any], Any]:
+    """What `MODULE:FUNCTION` names; what it raises is an `EvaluateError`."""
     module, _, name = text.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
@@ -78,10 +79,9 @@ def function_of(text: str) -> Callable[[Any], float]:
     if function is None or not callable(function):
         raise ValueError(f"--evaluate takes MODULE:FUNCTION, got {text!r}: there is no such function.")
 
-    def evaluate(weights: Any) -> float:
+    def evaluate(weights: Any) -> Any:
         try:
-            value: Any = function(weights)
-            return float(value)
+            return function(weights)
         except Exception as error:
             raise EvaluateError(error) from error
 

@@ -1,4 +1,4 @@
-"""The path from theta to the anchor: what a model is worth along it, where to stop on it, and which models to mix."""
+"""What a model is worth along the path from theta to the anchor, and which models to mix."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor, nn
 
@@ -46,16 +45,6 @@ class PathValues:
         if 0 not in loss or 1 not in loss:
             raise ValueError(f"a barrier needs the values at 0 and 1, got anchor_weights {self.anchor_weights}.")
         return max(value - ((1 - w) * loss[0] + w * loss[1]) for w, value in loss.items())
-
-    def plot(self, file: str, label: str = "value") -> None:
-        """Draw the values over the weight of the anchor into an image file; needs matplotlib."""
-        from matplotlib.figure import Figure  # optional
-
-        figure = Figure(figsize=(5, 3.5), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(self.anchor_weights, self.values, marker="o")
-        axes.set(xlabel="weight of the anchor (0: theta, 1: anchor)", ylabel=label)
-        figure.savefig(file)
 
 
 def evaluate_path(
@@ -101,105 +90,6 @@ def evaluate_path(
         with applied(model, mixed):
             values.append(float(evaluate(model)))
     return PathValues(tuple(map(float, anchor_weights)), tuple(values))
-
-
-@dataclass(frozen=True)
-class ChosenWeight:
-    """An anchor weight together with the data that it was chosen on."""
-
-    anchor_weight: float
-    value: float
-    data: str
-    evaluated: PathValues
-
-    def to_report_on(self, data: str) -> float:
-        """The anchor weight, for a score on other data than it was chosen on.
-
-        Raises:
-            ValueError: It is the same data: a score on it would be too good.
-        """
-        if data == self.data:
-            raise ValueError(
-                f"anchor_weight {self.anchor_weight:.4g} was chosen on {self.data!r}; a score on the same data would "
-                "be too good. Report on data that was held out from the choice."
-            )
-        return self.anchor_weight
-
-
-def choose_anchor_weight(
-    model: nn.Module,
-    anchor: Weights,
-    evaluate: Evaluate,
-    *,
-    data: str,
-    method: Literal["grid", "golden"] = "grid",
-    points: int = 11,
-    theta: Weights | None = None,
-    theta_only: Sequence[str] = (),
-) -> ChosenWeight:
-    """Search the weight of the anchor with the highest value of `evaluate` on held-out data.
-
-    Args:
-        model: As for `evaluate_path`, and so are `anchor`, `evaluate`, `theta` and `theta_only`; higher values are
-            better.
-        data: Name of the data that `evaluate` uses, for the record and for `ChosenWeight.to_report_on`.
-        method: `"grid"` evaluates equally spaced weights, ends included. `"golden"` narrows the range by golden
-            section, which finds the maximum only if there is a single one.
-        points: How many evaluations, at least 2.
-
-    Raises:
-        ValueError: An argument is out of its range, or all values are nan.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Linear(1, 1, bias=False)
-        >>> _ = torch.nn.init.constant_(model.weight, 1.0)
-        >>> anchor = {"weight": torch.zeros(1, 1)}
-        >>> chosen = choose_anchor_weight(model, anchor, lambda m: -abs(m.weight.item() - 0.7), data="dev split")
-        >>> chosen.to_report_on("test split")
-        0.3
-    """
-    if not data:
-        raise ValueError("data must name the held-out data that evaluate uses, got ''.")
-    if points < 2:
-        raise ValueError(f"points must be at least 2, got {points}.")
-    theta = trainable_weights(model) if theta is None else theta
-
-    def value(*weights: float) -> tuple[float, ...]:
-        path = evaluate_path(model, anchor, evaluate, anchor_weights=weights, theta=theta, theta_only=theta_only)
-        return path.values
-
-    if method == "grid":
-        weights = tuple(i / (points - 1) for i in range(points))
-        found = dict(zip(weights, value(*weights), strict=True))
-    elif method == "golden":
-        found = _golden_section(lambda weight: value(weight)[0], points)
-    else:
-        raise ValueError(f"method must be 'grid' or 'golden', got {method!r}.")
-    comparable = {w: v for w, v in found.items() if v == v}
-    if not comparable:
-        raise ValueError(f"evaluate gave nan at every anchor weight ({', '.join(f'{w:.3g}' for w in found)}).")
-    best = max(comparable, key=lambda w: comparable[w])
-    order = sorted(found)
-    return ChosenWeight(best, found[best], data, PathValues(tuple(order), tuple(found[w] for w in order)))
-
-
-def _golden_section(value: Callable[[float], float], points: int) -> dict[float, float]:
-    """The evaluated points of a search for the maximum over [0, 1]. Source: Kiefer 1953."""
-    ratio = (5**0.5 - 1) / 2
-    low, high = 0.0, 1.0
-    left, right = high - ratio * (high - low), low + ratio * (high - low)
-    found = {left: value(left), right: value(right)}
-    while len(found) < points:
-        if found[left] >= found[right]:
-            high, right = right, left
-            left = high - ratio * (high - low)
-            found[left] = value(left)
-        else:
-            low, left = left, right
-            right = low + ratio * (high - low)
-            found[right] = value(right)
-    return found
 
 
 def greedy_soup(sources: Sequence[Source], evaluate: Callable[[dict[str, Tensor]], float]) -> tuple[list[int], float]:

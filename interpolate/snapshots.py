@@ -145,6 +145,14 @@ def snapshot_paths(folder: Path) -> list[str]:
 
     Raises:
         CheckpointError: There are none, or they are of several kinds, or their order is not to be told.
+
+    Example:
+        >>> import os, tempfile
+        >>> os.chdir(tempfile.mkdtemp())
+        >>> for name in ("step-9.pt", "step-10.pt", "last.pt"):
+        ...     torch.save({"w": torch.ones(1)}, name)
+        >>> snapshot_paths(".")
+        ['./step-9.pt', './step-10.pt']
     """
     folder, key = split_key(os.fspath(folder).rstrip("/"))
     series = _series(folder)

@@ -111,32 +111,44 @@ def test_an_average_may_be_weighted(capsys: pytest.CaptureFixture[str]):
     assert load_file("mean.safetensors")["b.w"].item() == 1.5
 
 
-def test_path_prints_values_along_the_path(capsys: pytest.CaptureFixture[str]):
-    evaluate = "--evaluate", "judging:closeness"
-    assert run("path", *PAIR, *evaluate, "--points", "5", "--json", "--plot", "path.png") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found == {"anchor_weights": [0, 0.25, 0.5, 0.75, 1], "values": [-0.75, -0.5, -0.25, 0, -0.25]}
-    assert os.path.getsize("path.png") > 1000
-    assert run("path", *PAIR, *evaluate, "--points", "2") == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "anchor_weight  value",
-        "            0  -0.75",
-        "            1  -0.25",
-    ]
+def test_choose_and_repair_write_what_verify_can_check(capsys: pytest.CaptureFixture[str]):
+    Path("worth.py").write_text(
+        "def closeness(w):\n    return [-abs(w['b.w'].item() - x) for x in (0.2, 0.3, 0.4)]\n"
+        "def both(w):\n    return {'new': -abs(w['a.w'][0].item() - 1), 'kept': -abs(w['b.w'].item())}\n"
+    )
+    data = "--data", "dev"
+    save_file({"a.w": torch.zeros(2), "b.w": torch.ones(1) * 0.5}, "step-1.safetensors")
+    save_file({"a.w": torch.ones(2), "b.w": torch.ones(1)}, "step-2.safetensors")
+    snapshots = "step-1.safetensors", "step-2.safetensors", "--anchor", "anchor.safetensors"
+    evaluate = "--evaluate", "worth:closeness"
+    assert run("choose", *snapshots, *data, *evaluate, "-o", "chosen.safetensors", "--plot", "chosen.png") == 0
+    told = capsys.readouterr().out
+    assert "chosen on dev: report on other data" in told
+    assert load_file("chosen.safetensors")["b.w"].item() == pytest.approx(0.3)
+    assert run("repair", *PAIR, *data, "--evaluate", "worth:both", "-o", "repaired.safetensors", "--plot", "r.png") == 0
+    assert {n: t[0].item() for n, t in load_file("repaired.safetensors").items()} == {"a.w": 1.0, "b.w": 0.0}
+    assert os.path.getsize("chosen.png") > 1000 < os.path.getsize("r.png")
+    for written in ("chosen", "repaired"):
+        assert run("verify", f"{written}.safetensors") == 0
+    assert run("inspect", "repaired.safetensors", "--json") == 0
+    recipe = json.loads(capsys.readouterr().out.rpartition("as its recipe says\n")[2])["recipe"]
+    assert (recipe["operation"], recipe["chosen_on"], recipe["values"]) == ("patch", "dev", {"new": 0.0, "kept": 0.0})
 
 
-def test_the_path_reads_every_file_once(monkeypatch: pytest.MonkeyPatch):
-    opened, make = [], Checkpoint.__init__
-    monkeypatch.setattr(Checkpoint, "__init__", lambda self, path: opened.append(path) or make(self, path))
-    assert run("path", *PAIR, "--evaluate", "judging:closeness") == 0
-    assert opened == list(PAIR)
+def test_without_matplotlib_a_plot_is_refused_before_anything_is_evaluated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run("repair", *PAIR, "--data", "dev", "--evaluate", "missing:function", "--plot", "r.png") == 2
+    assert capsys.readouterr().err.startswith("interpolate repair: plots need matplotlib: pip install matplotlib")
 
 
 def test_json_has_null_where_there_is_no_number(capsys: pytest.CaptureFixture[str]):
-    Path("judging.py").write_text("def nothing(weights):\n    return float('nan')\n")
-    sys.modules.pop("judging", None)
-    assert run("path", *PAIR, "--evaluate", "judging:nothing", "--points", "2", "--json") == 0
-    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["values"] == [None, None]
+    Path("numbering.py").write_text("def nothing(w):\n    return {'new': w['b.w'].item() or float('nan'), 'kept': 1}\n")
+    assert run("repair", *PAIR, "--evaluate", "numbering:nothing", "--data", "dev", "--points", "2", "--json") == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert [c["values"]["new"] for c in found["candidates"][:2]] == [1.0, None]
     for command in (("inspect", PAIR[0]), ("diff", *PAIR), ("average", PAIR[0], "-o", "out.safetensors")):
         run(*command, "--json")
         json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
@@ -148,7 +160,7 @@ def test_what_the_users_function_or_module_raises_is_not_taken_for_bad_input(err
     name = f"scoring_{uuid4().hex}"  # modules are imported once
     Path(f"{name}.py").write_text(where + error)
     with pytest.raises((ValueError, OSError, ImportError), match=r"mine|No module named 'missing_package'"):
-        run("path", *PAIR, "--evaluate", f"{name}:score")
+        run("repair", *PAIR, "--evaluate", f"{name}:score", "--data", "dev")
 
 
 def test_an_interrupt_is_said_on_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -205,14 +217,37 @@ def test_verify_tells_by_its_exit_code(capsys: pytest.CaptureFixture[str]):
         (("inspect", "memory://missing.pt"), "there is no file memory://missing.pt"),
         (("inspect", "zip://a.pt::junk.safetensors"), "zip://a.pt::junk.safetensors can't be reached: File is not a z"),
         (("average", *PAIR, "-o", "folder.safetensors"), "folder.safetensors is a folder; give the name of a file"),
-        (("path", *PAIR, "--evaluate", "nowhere:none"), "got 'nowhere:none': No module named 'nowhere'"),
-        (("path", *PAIR, "--evaluate", "judging"), "--evaluate takes MODULE:FUNCTION, got 'judging'"),
+        (
+            ("repair", *PAIR, "--data", "dev", "--evaluate", "nowhere:none"),
+            "got 'nowhere:none': No module named 'nowhere'",
+        ),
+        (
+            ("repair", *PAIR, "--data", "dev", "--evaluate", "judging"),
+            "--evaluate takes MODULE:FUNCTION, got 'judging'",
+        ),
         (("inspect", "junk.safetensors"), "junk.safetensors"),
+        (("repair", *PAIR, "--data", "the test set", "--evaluate", "judging:closeness"), "is that of a test set"),
+        (
+            ("repair", *PAIR, "--data", "dev", "--evaluate", "judging:onTest"),
+            "function of --evaluate 'onTest' is that of",
+        ),
+        (("repair", *PAIR, "--data", "dev", "--evaluate", "judging:closeness"), "metrics new, kept, got value"),
+        (
+            ("choose", *PAIR, "--data", "dev", "--evaluate", "judging:closeness", "--kernel", "x"),
+            "is no averaging kernel",
+        ),
+        (("choose", "missing", "--data", "dev", "--evaluate", "judging:closeness"), "missing"),
         (("diff", PAIR[0], "."), ". holds several checkpoints ("),
         (("patch", *PAIR, "--anchor-weight", "*=1", "a.*=0", "-o", "o.safetensors"), "'a.*' in anchor_weight decides"),
         (("patch", *PAIR, "--anchor-weight", "0.5", "-o", "no/folder/o.safetensors"), "no/folder"),
-        (("path", *PAIR, "--evaluate", "judging:none"), "--evaluate takes MODULE:FUNCTION, got 'judging:none'"),
-        (("path", *PAIR, "--evaluate", "judging:closeness", "--points", "1"), "--points must be at least 2, got 1"),
+        (
+            ("repair", *PAIR, "--data", "dev", "--evaluate", "judging:none"),
+            "--evaluate takes MODULE:FUNCTION, got 'judging:none'",
+        ),
+        (
+            ("repair", *PAIR, "--data", "dev", "--evaluate", "judging:closeness", "--points", "1"),
+            "points must be at least 2, got 1",
+        ),
     ],
 )
 def test_bad_input_is_said_on_one_line(arguments: tuple, message: str, capsys: pytest.CaptureFixture[str]):

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from random_modules import identical, modules, moved, snapshot
 from torch import nn
 
-from interpolate import WeightMismatchError, choose_anchor_weight, evaluate_path, greedy_soup, patch, uniform_soup
+from interpolate import WeightMismatchError, evaluate_path, greedy_soup, patch, uniform_soup
 from interpolate.checkpoints import Checkpoint
-from interpolate.path import ChosenWeight, PathValues
+from interpolate.path import PathValues
 from interpolate.weights import trainable_weights
 
 
@@ -68,52 +68,6 @@ def test_a_straight_line_has_no_barrier(start: float, end: float):
 def test_a_barrier_needs_both_ends():
     with pytest.raises(ValueError, match=r"needs the values at 0 and 1, got anchor_weights \(0\.0, 0\.5\)"):
         PathValues((0.0, 0.5), (1.0, 1.0)).barrier()
-
-
-@given(st.floats(0, 1), st.sampled_from(["grid", "golden"]))
-def test_the_best_anchor_weight_is_found(best: float, method: str):
-    model = scalar(1.0)  # its weight along the path is 1 - anchor_weight
-    chosen = choose_anchor_weight(
-        model, ANCHOR, lambda m: -abs(1 - m.weight.item() - best), data="dev", method=method, points=21
-    )
-    assert abs(chosen.anchor_weight - best) <= (0.025 if method == "grid" else 0.001) + 1e-9
-    assert len(chosen.evaluated.values) == 21
-    assert chosen.value == max(chosen.evaluated.values)
-    assert model.weight.item() == 1
-
-
-def test_a_chosen_weight_names_its_data_and_refuses_to_report_on_it():
-    chosen = choose_anchor_weight(scalar(1.0), ANCHOR, lambda m: m.weight.item(), data="dev split", points=2)
-    assert chosen.to_report_on("test split") == 0
-    with pytest.raises(ValueError, match="anchor_weight 0 was chosen on 'dev split'"):
-        chosen.to_report_on("dev split")
-
-
-def test_nan_never_wins():
-    values = iter([1.0, float("nan"), 2.0])
-    chosen = choose_anchor_weight(scalar(1.0), ANCHOR, lambda _: next(values), data="dev", points=3)
-    assert isinstance(chosen, ChosenWeight)
-    assert chosen.anchor_weight == 1
-    with pytest.raises(ValueError, match=r"gave nan at every anchor weight \(0, 1\)"):
-        choose_anchor_weight(scalar(1.0), ANCHOR, lambda _: float("nan"), data="dev", points=2)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"data": ""}, "data must name the held-out data"),
-        ({"points": 1}, "points must be at least 2, got 1"),
-        ({"method": "random"}, "method must be 'grid' or 'golden', got 'random'"),
-    ],
-)
-def test_arguments_of_the_search_are_checked(options: dict, message: str):
-    with pytest.raises(ValueError, match=message):
-        choose_anchor_weight(scalar(1.0), ANCHOR, lambda _: 0.0, **{"data": "dev", **options})
-
-
-def test_a_path_can_be_plotted(tmp_path: Path):
-    PathValues((0.0, 1.0), (1.0, 2.0)).plot(str(tmp_path / "path.png"), label="loss")
-    assert (tmp_path / "path.png").read_bytes().startswith(b"\x89PNG")
 
 
 def closeness_to(target: float):

@@ -1,5 +1,6 @@
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,13 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     for value, path in enumerate(("anchor.safetensors", "theta.safetensors")):
         names = "visual.h.0.fc.w", "visual.h.1.fc.w", "text.w"
         save_file({name: torch.full([1], float(value)) for name in names}, path)
-    Path("scoring.py").write_text("def accuracy(weights):\n    return weights['text.w'].item()\n")
+    Path("scoring.py").write_text(
+        "def accuracy(weights):\n    return weights['text.w'].item()\n"
+        "def both(weights):\n    return {'new': accuracy(weights), 'kept': -weights['visual.h.0.fc.w'].norm().item()}\n"
+    )
+    Path("snapshots").mkdir()
+    for step in (100, 200, 300):
+        shutil.copy("theta.safetensors", f"snapshots/step-{step}.safetensors")
     (commands,) = blocks("bash", "python -m interpolate")
     for command in commands.splitlines():
         python, module, name, *arguments = shlex.split(command)

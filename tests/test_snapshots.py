@@ -10,9 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from interpolate import CheckpointError, Snapshots, SWAAverager, average_snapshots, snapshot_paths
+from interpolate import CheckpointError, Snapshots, average_snapshots, snapshot_paths
+from interpolate.averaging import KernelAverager
 from interpolate.inspection import inspect, verify
-from interpolate.kernels import Beta, Power, RunningKernel, Uniform, parse_kernel
+from interpolate.kernels import Beta, Power, Uniform, parse_kernel
 from interpolate.snapshots import as_record, kernel_from, with_folders_opened
 from interpolate.synthesis import nearest, weights_by_kernel
 
@@ -159,19 +160,10 @@ def test_every_kernel_comes_back_from_its_record():
             kernel_from(record)
 
 
-class _KernelAverager(SWAAverager):
-    def __init__(self, model: nn.Module, kernel: RunningKernel) -> None:
-        super().__init__(model)
-        self.kernel = kernel
-
-    def _weight(self) -> float:
-        return self.kernel.weight(self.n_averaged + 1, self._total_weight) if self.n_averaged else 1.0
-
-
 def test_two_averages_along_the_run_give_those_of_other_lengths():
     torch.manual_seed(0)
     model = nn.Linear(3, 3).double()
-    short, long = (_KernelAverager(model, Power.of_width(width)) for width in (0.05, 0.1))
+    short, long = (KernelAverager(model, Power.of_width(width)) for width in (0.05, 0.1))
     folders = Snapshots("short", every=8), Snapshots("long", every=8)
     course = []
     for step in range(1, 65):
@@ -202,7 +194,7 @@ def test_two_averages_along_the_run_give_those_of_other_lengths():
 def test_the_average_of_an_averager_is_written_with_what_is_not_averaged():
     model = model_at(1.0)
     dict(model.named_parameters())["0.bias"].requires_grad_(False)
-    averager = _KernelAverager(model, Uniform())
+    averager = KernelAverager(model, Uniform())
     averager.update()
     Snapshots("averages").update(averager, 1)
     (path,) = snapshot_paths("averages")
