@@ -1,10 +1,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-all check bench mutants
+.PHONY: train demo test test-all check bench mutants
 
 train: .venv/installed  ## Fine-tune and evaluate Open-VCLIP on the built-in miniature; ARGS="..." overrides the recipe
 	$(BIN)/python -m applications.openvclip.train $(ARGS)
+
+demo: .venv/installed  ## Serve the newest run on a page of this machine; where there is none, train the miniature first
+	test -n "$(wildcard runs/*/results.json)" || $(BIN)/python -m applications.openvclip.train
+	$(BIN)/python -m applications.openvclip serve $(ARGS)
 
 test: .venv/installed  ## Run the tests, a process for each core; what takes long is left to test-all
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow' $(ARGS)

@@ -19,6 +19,7 @@ VERBS = {
     "calibrate": "how sure a run may be, and when a video shows none of the labels",
     "serve": "a live page on this machine: a video, labels, and the anchor weight under your hand",
     "export": "a model as one file that runs without this package: ONNX, or torch.export",
+    "push": "a run to the Hugging Face hub, with a card that is made from it",
     "compare": "the results of several evaluations in one table",
     "inspect": "a data set before using it: its videos, its classes, and what can't be read",
 }

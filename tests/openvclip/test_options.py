@@ -21,6 +21,7 @@ OPTIONS = Path(__file__).with_name("options")
         ("calibrate.txt", ["calibrate"]),
         ("export.txt", ["export"]),
         ("serve.txt", ["serve"]),
+        ("push.txt", ["push"]),
         ("compare.txt", ["compare"]),
         ("inspect.txt", ["inspect"]),
     ],

@@ -7,9 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
 from applications.openvclip.config import ModelConfig
@@ -17,9 +20,10 @@ from applications.openvclip.data.dataset import EvaluationViews
 from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.data.storage import Cache
 from applications.openvclip.data.transforms import Normalisation, normalised
+from applications.openvclip.inference import hub
 from applications.openvclip.inference.calibration import NONE_OF_THESE, Calibration
 from applications.openvclip.inference.labels import Labels, LabelSet, label_set
-from applications.openvclip.inference.loading import Loaded, load
+from applications.openvclip.inference.loading import Loaded, downloaded, load
 from applications.openvclip.model.classifier import class_embeddings
 from applications.openvclip.model.temporal_attention import Edge
 from applications.openvclip.model.video_encoder import VideoEncoder
@@ -28,11 +32,12 @@ from interpolate import load_weights, patch
 _KEPT_LABEL_SETS = 64
 
 
-class Classifier:
+class Classifier(ModelHubMixin):
     """Recognises what videos show among labels in words.
 
     The anchor and the fine-tuned weights stay in memory: another `anchor_weight` is an interpolation, not a load.
     Without fine-tuned weights it is the pretrained image model on every frame (CLIP*). Threads may share it.
+    `from_pretrained`, `save_pretrained` and `push_to_hub` are those of huggingface_hub; what they move is a run.
 
     Args:
         loaded: A model (`loading.load`).
@@ -43,6 +48,8 @@ class Classifier:
         >>> classifier.embeddings_of(["square", "cloud"]).shape
         torch.Size([2, 128])
     """
+
+    _hub_mixin_config: dict[str, Any] | Any | None = MappingProxyType({})  # or it copies what a classifier is made of
 
     def __init__(self, loaded: Loaded, cache: Cache | None = None) -> None:
         source = loaded.source
@@ -96,6 +103,24 @@ class Classifier:
         if (used.sampling, used.templates) != (loaded.sampling, loaded.templates):
             used = replace(used, calibrations={})  # they say nothing of other frames and sentences
         return cls(used)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write the run for others: settings, weights, results, and a card (`hub.write_folder`)."""
+        folder = self.loaded.folder
+        if folder is not None and Path(save_directory).resolve() == folder.path.resolve():
+            # the mixin begins by deleting the settings that are there
+            raise ValueError(f"{save_directory} is the run itself; write what is for others somewhere else.")
+        return super().save_pretrained(save_directory, **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        hub.write_folder(self.loaded, save_directory)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Classifier:
+        if Path(model_id).is_dir():
+            return cls.load(model_id)
+        names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+        return cls.load(downloaded(model_id, **{name: options[name] for name in names}))
 
     @property
     def anchor_weight(self) -> float:

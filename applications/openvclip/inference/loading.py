@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -68,6 +69,9 @@ def load(source: str | Path | None, model: ModelConfig) -> Loaded:
 def of_run(folder: RunFolder) -> Loaded:
     """The averaged weights of a run, and the anchor it started from."""
     config = from_dict(folder.read_settings())
+    beside = folder.path / (config.model.pretrained or "")
+    if beside.is_file():  # of a run that was given away with its anchor
+        config = replace(config, model=replace(config.model, pretrained=str(beside)))
     if not folder.averaged.exists():
         raise FileNotFoundError(f"{folder.path} has no {folder.averaged.name}: its training has not ended.")
     source = build.clip(config.model)
@@ -123,7 +127,7 @@ def of_model(model: ModelConfig) -> Loaded:
     )
 
 
-def downloaded(name: str) -> Path:
+def downloaded(name: str, **options: Any) -> Path:
     """The folder of a model of the hub, which is that of a run.
 
     Raises:
@@ -132,7 +136,7 @@ def downloaded(name: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name))
+        return Path(huggingface_hub.snapshot_download(name, **options))
     except Exception as error:  # the hub's client raises errors of its own, and of the libraries below it
         raise RuntimeError(
             f"{name} is no folder here, and no model of the Hugging Face hub that could be had "
