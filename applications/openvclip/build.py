@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import copy
+import json
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,27 +15,34 @@ from applications.openvclip import distributed
 from applications.openvclip.config import Config, DataConfig, EvaluationConfig, Method, ModelConfig, to_dict
 from applications.openvclip.data import layouts
 from applications.openvclip.data.dataset import TrainingClips
-from applications.openvclip.data.loader import TrainingOrder, training_batches
+from applications.openvclip.data.loader import MicroBatch, TrainingOrder, micro_batches
 from applications.openvclip.data.manifest import Manifest
 from applications.openvclip.data.storage import Cache
 from applications.openvclip.data.transforms import Normalisation, normalised
 from applications.openvclip.miniature import tasks, tiny_clip
 from applications.openvclip.model import pretrained
-from applications.openvclip.model.classifier import class_embeddings
 from applications.openvclip.model.precision import Precision
 from applications.openvclip.model.pretrained import PretrainedCLIP
 from applications.openvclip.model.prompts import TEMPLATES
+from applications.openvclip.model.sharding import shard
 from applications.openvclip.model.video_encoder import VideoEncoder
 from applications.openvclip.ranges import check, evaluation_ranges, training_ranges
 from applications.openvclip.runs.folder import RunFolder, new_path
 from applications.openvclip.runs.journal import Journal
+from applications.openvclip.runs.weights import fingerprint
+from applications.openvclip.training.checkpoints import Checkpoints
 from applications.openvclip.training.l2_penalty import L2Penalty
+from applications.openvclip.training.monitor import Monitor
 from applications.openvclip.training.optimisation import LearningRate, adamw
-from applications.openvclip.training.trainer import Trainer
+from applications.openvclip.training.parallel import parallelised
+from applications.openvclip.training.step import Step
+from applications.openvclip.training.trainer import Saving, Trainer
+from applications.openvclip.training.watch import Watch
+from applications.openvclip.zeroshot.embeddings import kept_class_embeddings
 from applications.openvclip.zeroshot.evaluation import Evaluation, embedded
 from applications.openvclip.zeroshot.one_pass import Reading
 from applications.openvclip.zeroshot.protocols import Protocol, Sources, named
-from interpolate import InterpolatedWeightRegularizer, SWAAverager
+from interpolate import InterpolatedWeightRegularizer, LAWAAverager, SWAAverager
 from interpolate.weights import trainable_weights
 
 
@@ -48,78 +57,172 @@ class Run:
     clips: TrainingClips
     order: TrainingOrder
     clip: nn.Module
-    """The whole CLIP, of which the trainer's model is the image tower."""
+    """A whole CLIP, whose image tower is as the trainer's, its weights apart where those are in shards."""
     anchor: dict[str, Tensor]
-    """A copy of the pretrained weights; the model's own are trained."""
+    """A copy of the pretrained weights, on the CPU; the model's own are trained."""
     trainer: Trainer
-    batches: Callable[[TrainingOrder, Callable[[str, str, str], object]], Iterator[tuple[Tensor, Tensor]]]
-    """Those of an order; calls back for every video that can't be read or was cut off (`loader.training_batches`)."""
+    micro_batches: Callable[[int], Iterator[MicroBatch]]
+    """Those of this process from a step on."""
     evaluation: Evaluation
 
 
 def run(config: Config) -> Run:
-    """Everything for one run."""
-    o, d = config.optimization, config.data
+    """Everything for one run; all processes call it together."""
+    o, d, m = config.optimization, config.data, config.machine
     if d.train is None:
         raise ValueError(f"--data.train: {config.model.name} needs videos to train on, a folder or a list of them.")
     check(training_ranges(config))
     check(evaluation_ranges(config, "evaluation.", "data."))
-    source = clip(config.model)
-    training_set = data_set(d.train, d.train_root, d.train_names, seed=config.seed)
-    model = VideoEncoder(source.clip, edge=config.model.edge)
+    precision = Precision(m.precision, distributed.device())
+    source = distributed.first_alone_first(lambda: clip(config.model))
+    training_set = distributed.first_alone_first(
+        lambda: data_set(d.train or "", d.train_root, d.train_names, seed=config.seed)
+    )
     if o.batch_size > len(training_set):
         raise ValueError(
             f"--optimization.batch-size: must be at most {len(training_set)}, the videos of {d.train}, "
             f"got {o.batch_size}."
         )
-    steps_per_epoch = len(training_set) // o.batch_size
-    order = TrainingOrder(len(training_set), o.batch_size, config.seed, 0, o.epochs * steps_per_epoch)
-    averaged = averager(config.method, model, config, steps_per_epoch)
-    evaluated = evaluation(source, config, protocols(config, training_set.classes))
-    folder = RunFolder(config.output or new_path(config.recipe))
-    journal = Journal(folder.journal)
-    trainer = Trainer(
-        model,
-        class_embeddings=class_embeddings(source.clip, source.tokenizer, training_set.classes, TEMPLATES[d.templates]),
-        optimizer=adamw(model, o.weight_decay, o.betas),
-        learning_rate=LearningRate(
-            highest=o.learning_rate,
-            lowest=o.lowest_learning_rate,
-            warmup_steps=round(o.warmup_epochs * steps_per_epoch),
-            total_steps=order.last_step,
-            schedule=o.schedule,
-        ),
-        regularizer=regularizer(config.method, model, config),
-        averager=averaged,
-        max_gradient_norm=o.max_gradient_norm,
-        journal=journal,
-        videos=training_set.hash,
+    order = training_order(config, len(training_set))
+    pretrained_weights = anchor(source)
+    identity = {
+        "videos": training_set.hash,
+        "pretrained weights": fingerprint(pretrained_weights),
+        "settings": json.dumps(to_dict(replace(config, output=None))),
+    }
+    distributed.check_alike(identity)
+    evaluated = evaluation(
+        apart(source) if m.parallel == "fsdp2" else source, config, protocols(config, training_set.classes)
     )
+    step = training_step(source, config, order, precision, training_set.classes)
+    folder = RunFolder(config.output or distributed.on_first(lambda: new_path(config.recipe)))
+    journal = Journal(folder.journal)
     clips = TrainingClips(training_set, config.sampling, source.image_size, config.augmentation, config.seed, cache(d))
+    trainer = Trainer(
+        step,
+        checkpoints=Checkpoints(folder.checkpoints, config.checkpoint.keep),
+        saving=Saving(config.checkpoint.every_steps, config.checkpoint.every_minutes),
+        watch=Watch(m.hang_limit_s),
+        monitor=Monitor(journal, folder, order.last_step, order.batch_size, tensorboard=m.tensorboard)
+        if distributed.rank() == 0
+        else None,
+        identity={name: identity[name] for name in ("videos", "pretrained weights")},
+    )
+
+    def batches_from(first_step: int) -> Iterator[MicroBatch]:
+        return on_device(
+            micro_batches(
+                clips,
+                replace(order, first_step=first_step),
+                workers=d.workers,
+                time_limit_s=d.time_limit_s,
+                on_fault=lambda *fault: trainer.faults.append(fault),
+            ),
+            normalisation(source),
+        )
+
     return Run(
         settings=to_dict(config),
         folder=folder,
         journal=journal,
         clips=clips,
         order=order,
-        clip=source.clip,
-        anchor=anchor(source),
+        clip=evaluated.clip,
+        anchor=pretrained_weights,
         trainer=trainer,
-        batches=lambda order, on_fault: on_device(
-            training_batches(clips, order, workers=d.workers, time_limit_s=d.time_limit_s, on_fault=on_fault),
-            normalisation(source),
-        ),
+        micro_batches=batches_from,
         evaluation=evaluated,
     )
 
 
-def on_device(
-    batches: Iterable[tuple[Tensor, Tensor]], normalisation: Normalisation
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches travel as bytes, and become the numbers that the encoder takes on the device that computes with them."""
+def training_order(config: Config, n_samples: int) -> TrainingOrder:
+    """Which videos a step takes, and which of them this process.
+
+    Raises:
+        ValueError: FSDP2 gathers weights on all processes together, and they would not stay together.
+    """
+    o = config.optimization
+    order = TrainingOrder(
+        n_samples,
+        o.batch_size,
+        o.micro_batch or o.batch_size,
+        config.seed,
+        first_step=0,
+        last_step=o.epochs * (n_samples // o.batch_size),
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    if config.machine.parallel == "fsdp2":
+        if config.regularizer.alpha_per != "step" and config.method in ("open-vclip", "iwr"):
+            raise ValueError(
+                "--parallel fsdp2: all processes see one set of interpolated weights at a time, so that an alpha for "
+                "each micro-batch would depend on their number. Use --regularizer.alpha-per step."
+            )
+        if order.micro_batches % order.world_size:
+            raise ValueError(
+                f"--parallel fsdp2: every process needs as many micro-batches as the others, and {order.micro_batches} "
+                f"are not to be shared out evenly among {order.world_size} processes."
+            )
+    return order
+
+
+def training_step(
+    source: PretrainedCLIP, config: Config, order: TrainingOrder, precision: Precision, classes: Sequence[str]
+) -> Step:
+    """The model as this and the other processes train it, and all that a step needs."""
+    o, m = config.optimization, config.machine
+    embeddings = kept_class_embeddings(source.clip, source.tokenizer, classes, TEMPLATES[config.data.templates])
+    encoder = VideoEncoder(source.clip, edge=config.model.edge, activation_checkpointing=m.activation_checkpointing)
+    if m.compile:
+        encoder.compile()
+    model = parallelised(encoder, m.parallel, shard)
+    return Step(
+        encoder,
+        model,
+        class_embeddings=embeddings,
+        optimizer=adamw(encoder, o.weight_decay, o.betas),
+        learning_rate=LearningRate(
+            highest=o.learning_rate,
+            lowest=o.lowest_learning_rate,
+            warmup_steps=round(o.warmup_epochs * order.steps_per_epoch),
+            total_steps=order.last_step,
+            schedule=o.schedule,
+        ),
+        regularizer=regularizer(config.method, model, config),
+        averager=averager(config.method, encoder, config, order.steps_per_epoch),
+        max_gradient_norm=o.max_gradient_norm,
+        order=order,
+        alpha_per=config.regularizer.alpha_per,
+        clips_at_once=m.clips_at_once or order.micro_batch,
+        precision=precision,
+    )
+
+
+def apart(source: PretrainedCLIP) -> PretrainedCLIP:
+    """The same CLIP with weights of its own, on the CPU until it is used: those of the other will be in shards."""
+    return replace(source, clip=copy.deepcopy(source.clip).cpu())
+
+
+def on_device(micro_batches: Iterable[MicroBatch], normalisation: Normalisation) -> Iterator[MicroBatch]:
+    """Clips travel as bytes, and become the numbers that the encoder takes on the device that computes with them.
+
+    On a GPU the bytes of the next micro-batch are on their way while the model is at work on one.
+    """
     device = distributed.device()
-    for clips, labels in batches:
-        yield normalised(clips.to(device), normalisation), labels.to(device)
+    on_gpu = device.type == "cuda"
+
+    def sent(batch: MicroBatch) -> MicroBatch:
+        clips = batch.clips.pin_memory() if on_gpu else batch.clips
+        return batch._replace(clips=clips.to(device, non_blocking=True), labels=batch.labels.to(device))
+
+    ahead: deque[MicroBatch] = deque()
+    for batch in map(sent, micro_batches):
+        ahead.append(batch)
+        if len(ahead) > on_gpu:
+            batch = ahead.popleft()
+            yield batch._replace(clips=normalised(batch.clips, normalisation))
+    for batch in ahead:
+        yield batch._replace(clips=normalised(batch.clips, normalisation))
 
 
 def evaluation(source: PretrainedCLIP, config: Config, protocols: Sequence[Protocol]) -> Evaluation:
@@ -152,8 +255,8 @@ def clip(model: ModelConfig) -> PretrainedCLIP:
 
 
 def anchor(source: PretrainedCLIP) -> dict[str, Tensor]:
-    """A copy of the weights that are fine-tuned."""
-    return {name: p.detach().clone() for name, p in trainable_weights(VideoEncoder(source.clip)).items()}
+    """A copy of the weights that are fine-tuned, on the CPU."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in trainable_weights(VideoEncoder(source.clip)).items()}
 
 
 def data_set(source: str, root: str | None = None, names: str | None = None, *, seed: int = 0) -> Manifest:
@@ -224,10 +327,10 @@ def regularizer(method: Method, model: nn.Module, config: Config) -> Interpolate
     return L2Penalty(model, strength=1.0 if method == "l2" else 0.0)
 
 
-def averager(method: Method, model: nn.Module, config: Config, steps_per_epoch: int) -> SWAAverager:
+def averager(method: Method, model: nn.Module, config: Config, steps_per_epoch: int) -> SWAAverager | LAWAAverager:
     """The mean of the weights; without averaging, of the last weights alone."""
     if method in ("fine-tuning", "iwr"):
-        return SWAAverager(model, start_step=config.optimization.epochs * steps_per_epoch - 1)
+        return LAWAAverager(model, k=1)
     a, epochs = config.averager, config.optimization.epochs
     start, cycle = round(a.start_epoch * steps_per_epoch), max(1, steps_per_epoch // a.snapshots_per_epoch)
     if start + cycle > epochs * steps_per_epoch:

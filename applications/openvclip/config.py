@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import cattrs
+from tyro import conf
 
 from applications.openvclip.data.augmentation import Augmentation
 from applications.openvclip.data.sampling import Sampling
 
 Method = Literal["open-vclip", "fine-tuning", "iwr", "swa", "l2"]
+Parallel = Literal["ddp", "fsdp2"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,10 @@ class OptimizationConfig:
 
     epochs: int = 3
     batch_size: int = 32
+    """Clips of a step, over all processes."""
+    micro_batch: int | None = None
+    """Clips that a process takes together; divides the batch, which is one micro-batch by default. With an alpha for
+    each it belongs to the method, and a run is the same on any number of processes."""
     learning_rate: float = 1e-3
     """Highest learning rate, reached after warm-up."""
     lowest_learning_rate: float = 0.0
@@ -75,6 +82,8 @@ class RegularizerConfig:
     """Each step draws the weight of the anchor between 0 and this."""
     strength: float = 0.5
     """Weight of the gradient at the interpolated weights."""
+    alpha_per: Literal["micro-batch", "step"] = "micro-batch"
+    """Whether every micro-batch draws its own, as published, or all of a step share one, as fsdp2 demands."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,36 @@ class AveragerConfig:
     start_epoch: float = 1.5
     """Epochs before the first cycle of averaging begins."""
     snapshots_per_epoch: int = 30
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When training is saved besides at its end and when it is stopped."""
+
+    every_steps: int | None = None
+    every_minutes: float = 10.0
+    keep: int = 2
+    """How many of the last checkpoints are kept."""
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """How the work is done on the machines at hand, whatever is learnt."""
+
+    parallel: Parallel = "ddp"
+    """With torchrun: a replica in each process, or, for models that are too large for that, shards of it."""
+    precision: Precision = "fp32"
+    """What matrices are multiplied in while training; weights and their averages are float32 and better."""
+    clips_at_once: int | None = None
+    """Clips of a micro-batch that go through the model together, by default all: what memory grows with."""
+    activation_checkpointing: bool = False
+    """Compute each block's activations again in the backward pass instead of keeping them."""
+    compile: bool = False
+    """Compile the model before training."""
+    hang_limit_s: float = 600.0
+    """Seconds that a step, after the first, may take before the processes that do not answer are named and all end."""
+    tensorboard: bool = False
+    """Write TensorBoard's events too, into the run's folder."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +143,7 @@ class EvaluationConfig:
     """Where the lists of each data set are that a protocol needs."""
     unreadable: Literal["wrong", "left-out"] = "wrong"
     """What a video is that can't be read: a wrong answer, or no part of the set."""
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     """In which numbers scores are computed: float32, TF32 on a GPU, or autocast to bfloat16 or float16."""
     compile: bool = False
     """Whether to compile the model first, which takes minutes and pays where there are many videos."""
@@ -129,12 +168,32 @@ class Config:
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     regularizer: RegularizerConfig = field(default_factory=RegularizerConfig)
     averager: AveragerConfig = field(default_factory=AveragerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    machine: conf.OmitArgPrefixes[MachineConfig] = field(default_factory=MachineConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
-FREE = ("output", "evaluation.", "data.train", "data.test", "data.workers", "data.time_limit_s", "data.cache_gb")
+FREE = (
+    "output",
+    "evaluation.",
+    "checkpoint.",
+    "data.train",
+    "data.test",
+    "data.workers",
+    "data.time_limit_s",
+    "data.cache_gb",
+    *(f"machine.{name}" for name in ("clips_at_once", "activation_checkpointing", "compile", "hang_limit_s")),
+    "machine.tensorboard",
+)
 """Settings that change nothing of what is learnt, by the beginning of their names. Of the training set it is the videos
 and their classes that count, not where they are; the trainer sees to that."""
+
+
+def free(config: Config) -> tuple[str, ...]:
+    """The settings of a run that may change when it goes on."""
+    shared_alpha = ("optimization.micro_batch", "machine.parallel") if config.regularizer.alpha_per == "step" else ()
+    open_ended = ("optimization.epochs",) if config.optimization.schedule == "constant" else ()
+    return FREE + shared_alpha + open_ended
 
 
 _converter = cattrs.Converter(

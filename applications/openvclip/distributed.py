@@ -1,12 +1,19 @@
-"""One process or many: who this one is, and waiting for the others."""
+"""One process or many: who this one is, and what all of them do together."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from interpolate.state import on_first
+
+T = TypeVar("T")
 
 
 def initialise() -> None:
@@ -41,3 +48,58 @@ def device() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def summed(values: list[float]) -> list[float]:
+    """The sums of numbers over all processes."""
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all processes, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def first_alone_first(function: Callable[[], T]) -> T:
+    """Call a function on the first process, then on all others, which find what it has left on the disk."""
+    found: list[T] = []
+    on_first(lambda: found.append(function()))
+    return found[0] if found else function()
+
+
+def from_first(compute: Callable[[], Tensor]) -> Tensor:
+    """A tensor that the first process computes, on the device of every process."""
+    if not dist.is_initialized():
+        return compute().to(device())
+    found: list[Tensor] = []
+    shape, dtype = on_first(lambda: (found.append(compute()), (found[0].shape, found[0].dtype))[1])
+    tensor = found[0].to(device()) if found else torch.empty(shape, dtype=dtype, device=device())
+    dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def check_alike(facts: Mapping[str, object]) -> None:
+    """Refuse to go on with processes that differ in what should be the same on all of them.
+
+    Raises:
+        ValueError: On every process alike; names the facts, the ranks and what they have.
+    """
+    all_facts = gathered(dict(facts))
+    texts = []
+    for name in facts:
+        ranks: dict[str, list[int]] = {}
+        for i, theirs in enumerate(all_facts):
+            ranks.setdefault(str(theirs.get(name)), []).append(i)
+        if len(ranks) > 1:
+            found = ", ".join(f"{value[:60]} on rank {', '.join(map(str, where))}" for value, where in ranks.items())
+            texts.append(f"{name}: {found}")
+    if texts:
+        raise ValueError(f"processes that train together must be alike, and differ in {'; '.join(texts)}.")

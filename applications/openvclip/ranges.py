@@ -28,6 +28,9 @@ def training_ranges(config: Config) -> Iterable[Range]:
     yield "seed", config.seed, "at least 0", config.seed >= 0
     yield "optimization.epochs", o.epochs, "at least 1", o.epochs >= 1
     yield "optimization.batch_size", o.batch_size, "at least 1", o.batch_size >= 1
+    micro_batch = o.micro_batch or o.batch_size
+    divides = micro_batch >= 1 and o.batch_size % micro_batch == 0
+    yield "optimization.micro_batch", micro_batch, f"a divisor of the batch of {o.batch_size} clips", divides
     yield "optimization.learning_rate", o.learning_rate, "positive and finite", 0 < o.learning_rate < inf
     lowest = o.lowest_learning_rate
     yield "optimization.lowest_learning_rate", lowest, "from 0 to the learning rate", 0 <= lowest <= o.learning_rate
@@ -40,6 +43,12 @@ def training_ranges(config: Config) -> Iterable[Range]:
     yield "regularizer.strength", r.strength, "finite and not negative", 0 <= r.strength < inf
     yield "averager.start_epoch", a.start_epoch, "finite and not negative", 0 <= a.start_epoch < inf
     yield "averager.snapshots_per_epoch", a.snapshots_per_epoch, "at least 1", a.snapshots_per_epoch >= 1
+    c, m = config.checkpoint, config.machine
+    yield "checkpoint.every_steps", c.every_steps or 0, "at least 1", c.every_steps is None or c.every_steps >= 1
+    yield "checkpoint.every_minutes", c.every_minutes, "positive", c.every_minutes > 0
+    yield "checkpoint.keep", c.keep, "at least 1", c.keep >= 1
+    yield "clips_at_once", m.clips_at_once or 0, "at least 1", m.clips_at_once is None or m.clips_at_once >= 1
+    yield "hang_limit_s", m.hang_limit_s, "positive", m.hang_limit_s > 0
     yield "augmentation.max_short_side", v.max_short_side, "finite and at least 1", 1 <= v.max_short_side < inf
     yield "augmentation.colour_jitter", v.colour_jitter, "in [0, 1]", 0 <= v.colour_jitter <= 1
 

@@ -64,12 +64,14 @@ def test_a_run_leaves_its_results_and_how_they_were_made(run: Path) -> None:
     assert zero_shot["videos"] == 24
     assert zero_shot["unreadable"] == {}
     assert len(zero_shot["hash"]) == 16
-    assert zero_shot["accuracy"].keys() == {"CLIP*", "0", "0.5", "1"}
+    paths = {"0", "0.5", "1"}
+    assert zero_shot["accuracy"].keys() == {"CLIP*", *paths, *(f"last {weight}" for weight in paths)}
+    assert zero_shot["accuracy"]["1"] == zero_shot["accuracy"]["last 1"]
     assert results["config"]["optimization"]["batch_size"] == 4
     assert results["provenance"]["versions"]["torch"]
     assert (run / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
     events = [event["event"] for event in read_journal(run / "journal.jsonl")]
-    assert events == ["start", *(["step"] * 4 + ["checkpoint"]) * 3, "end"]
+    assert events == ["start", *["step"] * 12, "checkpoint", "end"]
 
 
 def test_videos_that_were_replaced_or_cut_off_are_told_once(small_world, tmp_path: Path, capsys) -> None:
@@ -146,9 +148,10 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(
 ) -> None:
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "applications.openvclip.train", *arguments(small_world, folder)]
+    command += ["--checkpoint.every-steps", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    while not (folder / "training.pt").exists():
+    while not list(folder.glob("checkpoints/step-*")):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -161,7 +164,6 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(
     monkeypatch.chdir(tmp_path)
     train.main(["--resume", "killed", "--data.workers", "2", "--data.train", str(moved / "manifest.csv")])
     events = read_journal(folder / "journal.jsonl")
-    assert [e["event"] for e in events].count("resume") == 1
     (resumed,) = (e["changed"] for e in events if e["event"] == "start" and e["changed"])
     assert [text.partition(":")[0] for text in resumed] == ["output", "data.train", "data.workers"]
     assert_same_weights(run, folder)
@@ -171,7 +173,8 @@ def test_a_run_can_be_evaluated_again_at_other_anchor_weights(run: Path) -> None
     before = json.loads((run / "results.json").read_text())["protocols"]["zs_object"]
     evaluate.main([str(run), "--anchor-weights", "0.25", "1"])
     after = json.loads((run / "results.json").read_text())["protocols"]["zs_object"]
-    assert after["accuracy"].keys() == {"CLIP*", "0", "0.25", "0.5", "1"}
+    weights = {"0", "0.25", "0.5", "1"}
+    assert after["accuracy"].keys() == {"CLIP*", *weights, *(f"last {weight}" for weight in weights)}
     assert after["hash"] == before["hash"]
     for scorer in ("CLIP*", "0", "0.5", "1"):
         assert after["accuracy"][scorer] == before["accuracy"][scorer]
@@ -251,7 +254,7 @@ def test_a_resumed_run_on_other_videos_is_refused(run: Path, small_world: dict[s
     folder = tmp_path / "unfinished"
     shutil.copytree(run, folder)
     (folder / "results.json").unlink()
-    with pytest.raises(ValueError, match="has other videos or classes"):
+    with pytest.raises(ValueError, match="begun with other videos"):
         train.main(["--resume", str(folder), "--data.train", str(small_world["closed"])])
 
 
@@ -263,12 +266,6 @@ def test_a_folder_in_use_is_named_with_its_holder(run: Path, tmp_path: Path) -> 
     (folder / "results.json").unlink()
     with locked(folder), pytest.raises(LockedError, match=f"in use by process {os.getpid()}"):
         train.main(["--resume", str(folder)])
-
-
-def test_training_under_torchrun_is_refused(small_world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="training runs in one process"):
-        train.main(arguments(small_world, tmp_path / "shared"))
 
 
 def test_sets_of_one_name_are_told_apart_and_protocols_of_one_name_refused(

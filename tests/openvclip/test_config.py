@@ -78,7 +78,7 @@ def test_a_run_goes_on_only_in_its_own_folder(tmp_path: Path) -> None:
     folder.open_for_training(to_dict(replace(config, seed=1)))
     folder.open_for_training(to_dict(config))  # nothing has been learnt there yet
     assert folder.read_settings()["seed"] == 0
-    folder.training_state.write_text("what has been learnt")
+    folder.checkpoints.mkdir()
     folder.open_for_training(to_dict(config))
     with pytest.raises(FileExistsError, match="another configuration \\(seed: 0, now 1\\)"):
         folder.open_for_training(to_dict(replace(config, seed=1)), FREE)
@@ -95,7 +95,7 @@ def test_what_changes_nothing_of_what_is_learnt_may_differ_and_is_said(tmp_path:
     folder = RunFolder(tmp_path)
     config = Config("miniature", output=tmp_path, data=DataConfig(train="videos"))
     folder.open_for_training(to_dict(config))
-    folder.training_state.write_text("what has been learnt")
+    folder.checkpoints.mkdir()
     data = replace(config.data, workers=7, train="/moved/videos", test=("more",))
     changed = replace(config, output=Path("elsewhere"), data=data, evaluation=EvaluationConfig(anchor_weight=0.3))
     told = folder.open_for_training(to_dict(changed), FREE)

@@ -16,7 +16,7 @@ from applications.openvclip.data.dataset import EvaluationViews, TrainingClips
 from applications.openvclip.data.decode import Video
 from applications.openvclip.data.index import Index
 from applications.openvclip.data.inspection import inspect
-from applications.openvclip.data.loader import TrainingOrder, training_batches
+from applications.openvclip.data.loader import MicroBatch, TrainingOrder, micro_batches
 from applications.openvclip.data.manifest import Manifest, read_manifest
 from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.data.storage import Cache
@@ -108,52 +108,66 @@ def test_three_crops_are_the_ends_and_the_middle_of_the_longer_side() -> None:
 
 @given(
     samples=st.integers(1, 50),
-    batch_size=st.integers(1, 50),
+    micro=st.integers(1, 10),
+    per_step=st.integers(1, 6),
+    world=st.integers(1, 6),
     epochs=st.integers(1, 3),
     seed=st.integers(0, 9),
     data=st.data(),
 )
-def test_a_resumed_order_is_the_rest_of_the_whole_order(samples, batch_size, epochs, seed, data) -> None:
-    batch_size = min(batch_size, samples)
-    whole = TrainingOrder(samples, batch_size, seed, 0, epochs * (samples // batch_size))
+def test_processes_share_the_micro_batches_of_one_order_and_go_on_in_it(
+    samples, micro, per_step, world, epochs, seed, data
+) -> None:
+    micro = min(micro, samples)
+    per_step = min(per_step, samples // micro)
+    world, batch_size = min(world, per_step), micro * per_step
+    last = epochs * (samples // batch_size)
+    whole = TrainingOrder(samples, batch_size, micro, seed, 0, last)
     batches = list(whole)
-    assert len(batches) == len(whole)
+    assert len(batches) == last * per_step
     for epoch in range(epochs):
         of_epoch = [key for batch in batches for key in batch if key[0] == epoch]
         assert len(of_epoch) == len(set(of_epoch)) == whole.steps_per_epoch * batch_size
-    first = data.draw(st.integers(0, len(batches)))
-    assert list(TrainingOrder(samples, batch_size, seed, first, len(batches))) == batches[first:]
+    first = data.draw(st.integers(0, last))
+    for rank in range(world):
+        order = TrainingOrder(samples, batch_size, micro, seed, first, last, rank, world)
+        expected = [batches[step * per_step + m] for step in range(first, last) for m in range(rank, per_step, world)]
+        assert list(order) == expected
+        assert list(order.own) == list(range(rank, per_step, world))
 
 
 def test_every_epoch_has_an_order_of_its_own() -> None:
-    batches = list(TrainingOrder(20, 20, seed=0, first_step=0, last_step=2))
+    batches = list(TrainingOrder(20, 20, 20, seed=0, first_step=0, last_step=2))
     first, second = ([i for _, i in batch] for batch in batches)
     assert sorted(first) == sorted(second) == list(range(20))
     assert first != second != sorted(second)
 
 
-def test_a_batch_larger_than_the_set_is_refused() -> None:
+def test_an_order_that_can_not_be_is_refused() -> None:
     with pytest.raises(ValueError, match=r"from 1 to the number of videos, 3, got 4"):
-        TrainingOrder(3, 4, 0, 0, 1)
+        TrainingOrder(3, 4, 4, 0, 0, 1)
+    with pytest.raises(ValueError, match=r"micro_batch must divide the batch of 6 clips evenly, got 4"):
+        TrainingOrder(10, 6, 4, 0, 0, 1)
+    with pytest.raises(ValueError, match=r"3 processes for 2 micro-batches of 3 clips: some would have nothing to do"):
+        TrainingOrder(10, 6, 3, 0, 0, 1, rank=0, world_size=3)
 
 
 def training_clips(manifest: Manifest, size: int = 32) -> TrainingClips:
     return TrainingClips(manifest, SAMPLING, size, Augmentation(1.3, True, 0.4), seed=3, cache=Cache())
 
 
-def batches(
-    clips: TrainingClips, order: TrainingOrder, workers: int = 1, **more
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return list(training_batches(clips, order, workers=workers, time_limit_s=30, **more))
+def batches(clips: TrainingClips, order: TrainingOrder, workers: int = 1, **more) -> list[MicroBatch]:
+    return list(micro_batches(clips, order, workers=workers, time_limit_s=30, **more))
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(small_world: dict[str, Path]) -> None:
     manifest = read_manifest(small_world["train"])
-    order = TrainingOrder(len(manifest), 5, 3, 1, 5)
+    order = TrainingOrder(len(manifest), 5, 5, 3, 1, 5)
     alone, together = (batches(training_clips(manifest), order, workers) for workers in (1, 2))
     assert len(alone) == 4
-    for (a, a_labels), (b, b_labels) in zip(alone, together, strict=True):
+    for (a, a_labels, videos), (b, b_labels, _) in zip(alone, together, strict=True):
         assert a.shape == (5, 3, 4, 32, 32)
+        assert [manifest.labels[manifest.paths.index(Path(v).name)] for v in videos] == a_labels.tolist()
         assert a.dtype == torch.uint8  # they are normalised where they are used
         assert torch.equal(a, b)
         assert torch.equal(a_labels, b_labels)
@@ -166,25 +180,25 @@ def test_an_unreadable_training_video_is_replaced_by_the_same_other_every_time(
     (tmp_path / "broken.mp4").write_bytes(b"nothing")
     broken = str(tmp_path / "broken.mp4")
     manifest = replace(good, paths=(broken, *good.paths[1:]))
-    order = TrainingOrder(len(manifest), 4, 3, 0, len(manifest) // 4)
+    order = TrainingOrder(len(manifest), 4, 2, 3, 0, len(manifest) // 4)
     told: list[tuple[str, str, str]] = []
     clips = training_clips(manifest)
     first, second = (batches(clips, order, on_fault=lambda *what: told.append(what)) for _ in range(2))
-    for (a, a_labels), (b, b_labels) in zip(first, second, strict=True):
+    for (a, a_labels, _), (b, b_labels, _) in zip(first, second, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a_labels, b_labels)
     assert [what[:2] for what in told] == [("unreadable", broken), ("unreadable", broken)]
     assert "broken.mp4: 7 bytes, not a readable video" in told[0][2]
     of_the_good = batches(training_clips(good), order)
-    same = [torch.equal(a[i], b[i]) for (a, _), (b, _) in zip(first, of_the_good, strict=True) for i in range(4)]
+    same = [torch.equal(a[i], b[i]) for (a, *_), (b, *_) in zip(first, of_the_good, strict=True) for i in range(2)]
     assert same.count(False) == 1  # nothing else has changed
 
 
 def test_a_training_video_that_was_cut_off_is_used_and_told(tmp_path: Path) -> None:
     told: list[tuple[str, str, str]] = []
     manifest = Manifest("cut", "/", (str(cut_off(tmp_path / "a.avi")),), (0,), ("wave",))
-    ((clips, _),) = batches(
-        training_clips(manifest), TrainingOrder(1, 1, 3, 0, 1), on_fault=lambda *what: told.append(what)
+    ((clips, *_),) = batches(
+        training_clips(manifest), TrainingOrder(1, 1, 1, 3, 0, 1), on_fault=lambda *what: told.append(what)
     )
     assert clips.shape == (1, 3, 4, 32, 32)
     assert [what[:2] for what in told] == [("cut-off", manifest.location(0))]

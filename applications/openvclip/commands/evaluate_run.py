@@ -74,4 +74,5 @@ def evaluate_run(run: Path, options: OfRun) -> None:
         temperatures={weight: found.temperature for weight, found in loaded.calibrations.items()},
     )
     with alone_in(folder):
-        report(folder, evaluation(loaded.anchor, loaded.theta, folder.logits), to_dict(config))
+        found = evaluation(loaded.anchor, loaded.theta, folder.logits, last=loaded.last)
+        report(folder, found, to_dict(config))

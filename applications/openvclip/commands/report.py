@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -21,7 +21,10 @@ from applications.openvclip.zeroshot.results import ProtocolResult, Results, wri
 @contextmanager
 def alone_in(folder: RunFolder) -> Iterator[None]:
     """Keep the processes of other commands out of a folder, which is made if it is not there."""
-    with locked(folder.path) if distributed.rank() == 0 else nullcontext():
+    with ExitStack() as stack:
+        former = distributed.on_first(lambda: stack.enter_context(locked(folder.path)))
+        if former and distributed.rank() == 0:
+            print(f"{folder.path}: taken over from {former}")
         yield
 
 

@@ -2,107 +2,128 @@
 
 $ openvclip train                                    # the built-in miniature
 $ openvclip train miniature --optimization.epochs 5
-$ openvclip train --resume runs/miniature-…          # what was cut off goes on, with its own settings
+$ openvclip train --resume runs/miniature-…          # what was stopped goes on, with its own settings
+$ openvclip train --resume runs/miniature-… --finish # or ends where it is: averaged, patched and evaluated
+$ torchrun --nproc-per-node 8 -m applications.openvclip.train vit_b_16 …
 $ openvclip train --help                             # recipes; and miniature --help: every field
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
-from applications.openvclip.config import FREE, Config, from_dict
+from applications.openvclip.config import Config, free, from_dict
 from applications.openvclip.recipes import RECIPES
 from applications.openvclip.runs.folder import RunFolder
-from applications.openvclip.runs.lock import locked
 
 if TYPE_CHECKING:
     from applications.openvclip.build import Run
 
 
-def parse(arguments: Sequence[str]) -> Config:
-    """A recipe by name (by default miniature), or the settings of a run to resume; fields overridden by options."""
-    resuming = argparse.ArgumentParser(prog="openvclip train", add_help=False, allow_abbrev=False)
-    resuming.add_argument("--resume", type=Path)
-    resumed, arguments = resuming.parse_known_args(arguments)
-    if resumed.resume is not None:
-        settings = from_dict(RunFolder(resumed.resume).read_settings())
+def parse(arguments: Sequence[str]) -> tuple[Config, argparse.Namespace]:
+    """A recipe by name (by default miniature), or the settings of a run to resume; fields overridden by options.
+
+    Returns:
+        The configuration, and what is no part of it: `resume`, the run's folder or None, and whether to `finish`.
+    """
+    parser = argparse.ArgumentParser(prog="openvclip train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--finish", action="store_true")
+    options, arguments = parser.parse_known_args(arguments)
+    if options.resume is not None:
+        settings = from_dict(RunFolder(options.resume).read_settings())
         overridden = tyro.cli(Config, prog="openvclip train", description=__doc__, args=arguments, default=settings)
-        return replace(overridden, output=resumed.resume)
+        return replace(overridden, output=options.resume), options
+    if options.finish:
+        raise ValueError("--finish ends a run that was stopped: say which with --resume RUN.")
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["miniature", *arguments]
     recipes = {name: ((recipe.__doc__ or "").strip(), recipe()) for name, recipe in RECIPES.items()}
-    return tyro.extras.overridable_config_cli(recipes, prog="openvclip train", description=__doc__, args=arguments)
+    config = tyro.extras.overridable_config_cli(recipes, prog="openvclip train", description=__doc__, args=arguments)
+    return config, options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    config = parse(sys.argv[1:] if arguments is None else arguments)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("training runs in one process: start it without torchrun. Evaluation takes several.")
-    from applications.openvclip import build  # torch and the like take seconds; --help must not wait for them
+    config, options = parse(sys.argv[1:] if arguments is None else arguments)
+    from applications.openvclip import build, distributed  # torch and the like take seconds; --help must not wait
+    from applications.openvclip.commands.report import alone_in
 
-    run = build.run(config)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # what is not a step of training is interrupted as by Ctrl-C
+        signal.signal(number, signal.default_int_handler)
+    distributed.initialise()
+    run, stopped = None, None
     try:
-        with locked(run.folder.path) as former:
-            if former:
-                print(f"{run.folder.path}: taken over from {former}")
-            train(run)
+        run = build.run(config)
+        with alone_in(run.folder):
+            stopped = train(run, config, finish=options.finish)
     except KeyboardInterrupt:
-        print(f"`openvclip train --resume {run.folder.path}` goes on from the last whole epoch", file=sys.stderr)
-        raise
+        if run is None:
+            raise
+        stopped = "an interrupt"
+    finally:
+        distributed.finish()
+    if stopped and distributed.rank() == 0:
+        print(f"stopped by {stopped}. It goes on with\n  openvclip train --resume {run.folder.path}")
 
 
-def train(run: Run) -> None:
-    """Fine-tune, average, patch and evaluate; an unfinished run in the same folder is continued."""
-    import torch
+def train(run: Run, config: Config, *, finish: bool = False) -> str | None:
+    """Fine-tune, average, patch and evaluate; an unfinished run in the same folder is continued.
+
+    Args:
+        run: What it takes.
+        config: What it was built from.
+        finish: Whether to take no more steps.
+
+    Returns:
+        The signal that stopped it; None at its end.
+    """
     from rich.console import Console
 
-    from applications.openvclip.commands.report import report
+    from applications.openvclip import distributed
+    from applications.openvclip.commands.conclusion import conclude
+    from applications.openvclip.runs.journal import read_journal
     from applications.openvclip.runs.provenance import provenance
-    from applications.openvclip.runs.weights import fingerprint, save_weights
-    from interpolate import patch
+    from applications.openvclip.training.interruption import Interruption
 
-    console = Console()
-    folder, trainer = run.folder, run.trainer
-    changed = folder.open_for_training(run.settings, FREE)
+    trainer, folder = run.trainer, run.folder
+    console = Console(quiet=distributed.rank() > 0)
+    changed = distributed.on_first(lambda: opened(run, config, finish=finish))
     console.print(f"run: {folder.path}", soft_wrap=True)
-    run.journal.write("start", **provenance(), config=run.settings, changed=changed)
-    torch.manual_seed(run.settings["seed"])
+    trainer.resume()
+    if distributed.rank() == 0:
+        run.journal.cut(trainer.step.taken)
+        run.journal.write("start", **provenance(), step=trainer.step.taken, config=run.settings, changed=changed)
+        trainer.reported |= {(e["event"], e["video"]) for e in read_journal(run.journal.path) if "video" in e}
+    with trainer.monitor or nullcontext():
+        if not finish:
+            with Interruption() as interruption:
+                stopped = trainer.fit(run.micro_batches(trainer.step.taken), interruption)
+            if stopped:
+                return stopped
+    conclude(run)
+    return None
 
-    faulty: dict[str, set[str]] = {"unreadable": set(), "cut-off": set()}
 
-    def on_fault(fault: str, location: str, reason: str) -> None:
-        if location not in faulty[fault]:
-            run.journal.write(fault, video=location, reason=reason)
-            faulty[fault].add(location)
+def opened(run: Run, config: Config, *, finish: bool) -> list[str]:
+    """Make the run's folder, or see that it may go on there: the settings in which it then differs.
 
-    trainer.resume(folder.training_state)
-    batches = run.batches(replace(run.order, first_step=trainer.step), on_fault)
-    trainer.fit(batches, steps_per_epoch=run.order.steps_per_epoch, checkpoint=folder.training_state)
-    for fault, what in (
-        ("unreadable", "could not be read and were replaced by others"),
-        ("cut-off", "are cut off and were used as far as they go"),
-    ):
-        if faulty[fault]:
-            console.print(f"{len(faulty[fault])} videos {what}: see {folder.journal}", soft_wrap=True)
-
-    theta, weight = trainer.averager.weights, run.settings["evaluation"]["anchor_weight"]
-    metadata = {
-        "anchor": fingerprint(run.anchor),
-        "seed": str(run.settings["seed"]),
-        "classes": json.dumps(run.clips.manifest.classes),
-    }
-    whole = run.clip.state_dict()  # with the text tower, so that it loads wherever such a CLIP does
-    save_weights(folder.averaged, whole | theta, metadata | {"content": "mean of the fine-tuned weights"})
-    patched = patch(run.anchor, theta, anchor_weight=weight)
-    save_weights(folder.patched, whole | patched, metadata | {"content": f"patched, anchor weight {weight:g}"})
-    report(folder, run.evaluation(run.anchor, theta, folder.logits), run.settings)
-    run.journal.write("end")
+    Raises:
+        FileExistsError: It holds something else, or a run that has ended.
+        ValueError: There is nothing to finish.
+    """
+    steps, last = run.trainer.checkpoints.steps(), run.order.last_step
+    if steps and steps[-1] > last:
+        raise ValueError(f"--optimization.epochs: the run has taken {steps[-1]} steps, and there are {last} of them.")
+    if finish and not steps:
+        raise ValueError(f"{run.folder.path} has no checkpoint yet: there is nothing to finish.")
+    goes_on = bool(steps) and steps[-1] < last
+    return run.folder.open_for_training(run.settings, free(config), goes_on=goes_on)

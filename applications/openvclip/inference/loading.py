@@ -41,6 +41,8 @@ class Loaded:
     """Of the run, where it is one."""
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
     """By anchor weight; made with this sampling and these templates."""
+    last: dict[str, Tensor] | None = None
+    """What training ended with, where `theta` is an average of several weights."""
 
 
 def load(source: str | Path | None, model: ModelConfig) -> Loaded:
@@ -82,11 +84,17 @@ def of_run(folder: RunFolder) -> Loaded:
             f"{folder.averaged} was trained from other pretrained weights than {config.model.name} "
             f"{config.model.pretrained or ''} holds now (fingerprint {metadata['anchor']}, now {fingerprint(anchor)})."
         )
+    theta = {name: whole[name] for name in anchor}
+    last = None
+    if folder.last.exists():  # older runs have none
+        whole, _ = load_weights(folder.last)
+        last = {name: whole[name] for name in anchor}
     return Loaded(
         source=source,
         model=config.model,
         anchor=anchor,
-        theta={name: whole[name] for name in anchor},
+        theta=theta,
+        last=None if last is None or all(theta[name].equal(w) for name, w in last.items()) else last,
         anchor_weight=config.evaluation.anchor_weight,
         sampling=config.sampling,
         templates=TEMPLATES[config.data.templates],

@@ -44,9 +44,14 @@ class RunFolder:
         return self.path / "trace.json.gz"
 
     @property
-    def training_state(self) -> Path:
-        """Everything to resume from, written at the end of every epoch."""
-        return self.path / "training.pt"
+    def checkpoints(self) -> Path:
+        """Everything to resume from: a folder of the last few states of training."""
+        return self.path / "checkpoints"
+
+    @property
+    def last(self) -> Path:
+        """The weights after the last step."""
+        return self.path / "last.safetensors"
 
     @property
     def averaged(self) -> Path:
@@ -91,7 +96,9 @@ class RunFolder:
             raise FileNotFoundError(f"{self.path} is no folder of a run: there is no {self.config.name} in it.")
         return json_object(self.config.read_text(encoding="utf-8"), self.config)
 
-    def open_for_training(self, settings: dict[str, Any], free: Collection[str] = ()) -> list[str]:
+    def open_for_training(
+        self, settings: dict[str, Any], free: Collection[str] = (), *, goes_on: bool = False
+    ) -> list[str]:
         """Make the folder of a new run, or go on with an unfinished run.
 
         As long as nothing has been learnt there, any settings will do; afterwards those of the run.
@@ -100,6 +107,7 @@ class RunFolder:
             settings: The configuration, as plain values for JSON.
             free: Settings that may differ, a name or the beginning of names: what they say does not change what is
                 learnt.
+            goes_on: Whether a finished run is to be trained further.
 
         Returns:
             The free settings that differ from those of the run so far.
@@ -110,12 +118,12 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         changed: list[str] = []
         if self.config.exists():
-            if self.results.exists():
+            if self.results.exists() and not goes_on:
                 raise FileExistsError(
                     f"{self.path} holds a finished run; `openvclip evaluate {self.path}` evaluates it again, another "
                     "--output trains anew."
                 )
-            if self.training_state.exists():
+            if self.checkpoints.exists():
                 changed = differences(self.read_settings(), settings)
             bound = [text for text in changed if not text.startswith(tuple(free))]
             if bound:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from interpolate.weights import check_match, trainable_weights
+from interpolate.weights import trainable_weights
 
 
 class L2Penalty:
@@ -21,8 +21,8 @@ class L2Penalty:
         strength: Weight of the penalty, not negative.
     """
 
-    alpha = 0.0
     interpolated_loss: Tensor | None = None
+    step = 0
 
     def __init__(self, model: nn.Module, strength: float) -> None:
         if not 0 <= strength < float("inf"):
@@ -31,22 +31,22 @@ class L2Penalty:
         self.strength = strength
         self.anchor = {name: p.detach().clone() for name, p in trainable_weights(model).items()}
 
-    def backward(self, loss_fn: Callable[[nn.Module], Tensor]) -> Tensor:
-        """Leave `g(theta) + strength * (theta - anchor)` in the parameters' `.grad`; returns the loss, detached."""
+    def alpha_of(self, index: int) -> float:
+        return 0.0
+
+    def backward(self, loss_fn: Callable[[nn.Module], Tensor], *, index: int) -> Tensor:
+        """Accumulate `g(theta)` in the parameters' `.grad`; returns the loss, detached."""
         loss = loss_fn(self.model)
         loss.backward()
+        return loss.detach()
+
+    @contextmanager
+    def one_step(self) -> Iterator[None]:
+        """A step, whatever its micro-batches: at its end `strength * (theta - anchor)` is added to the gradients."""
+        yield
         if self.strength:
             with torch.no_grad():
                 for name, p in trainable_weights(self.model).items():
                     difference = self.strength * (p - self.anchor[name])
                     p.grad = difference if p.grad is None else p.grad.add_(difference)
-        return loss.detach()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"anchor": dict(self.anchor)}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_match(self.anchor, state["anchor"])
-        for name, tensor in self.anchor.items():
-            tensor.copy_(state["anchor"][name])
+        self.step += 1

@@ -34,4 +34,4 @@ def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float]) -> 
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed, undecayed = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=betas)
+    return torch.optim.AdamW(groups, betas=betas, fused=parameters[0].is_cuda)

@@ -1,129 +1,129 @@
-"""Fine-tuning: the loop, its step, and the state to resume it from."""
+"""Fine-tuning: the loop around its steps, which saves, stops, resumes, and says how it goes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from applications.openvclip import distributed
+from applications.openvclip.data.loader import MicroBatch
+from applications.openvclip.training.checkpoints import Checkpoints
+from applications.openvclip.training.interruption import Interruption
+from applications.openvclip.training.monitor import Monitor
+from applications.openvclip.training.parallel import distance
+from applications.openvclip.training.step import Step
+from applications.openvclip.training.watch import Watch
+from interpolate.weights import trainable_weights
 
-from applications.openvclip.progress import progress_bar
-from applications.openvclip.runs.journal import Journal
-from applications.openvclip.training.l2_penalty import L2Penalty
-from applications.openvclip.training.optimisation import LearningRate
-from applications.openvclip.training.state import load_state, save_state
-from interpolate import InterpolatedWeightRegularizer, SWAAverager
+_DISTANCE_EVERY = 50
+"""Steps between two measurements of the distance from the anchor."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When a checkpoint is written, besides at the end and when training is stopped."""
+
+    every_steps: int | None
+    every_minutes: float
 
 
 @dataclass
 class Trainer:
-    """Fine-tunes a video encoder on a closed label set, with interpolated weight optimization."""
+    """Takes steps until the last, or until it is told to stop; nothing that it has learnt is lost."""
 
-    model: nn.Module
-    class_embeddings: Tensor
-    """(K, E): the closed label set."""
-    optimizer: torch.optim.Optimizer
-    learning_rate: LearningRate
-    regularizer: InterpolatedWeightRegularizer | L2Penalty
-    averager: SWAAverager
-    max_gradient_norm: float
-    journal: Journal
-    videos: str
-    """What is trained on, as a hash."""
-    step: int = 0
-    """Steps taken."""
+    step: Step
+    checkpoints: Checkpoints
+    saving: Saving
+    watch: Watch
+    monitor: Monitor | None
+    """Keeps the journal and shows progress, on the first process only."""
+    identity: dict[str, str]
+    """What must be the same when training goes on, as hashes by name."""
+    faults: list[tuple[str, str, str]] = field(default_factory=list)
+    """What this process has met in videos since the last step: "unreadable" or "cut-off", which video, and why."""
+    reported: set[tuple[str, str]] = field(default_factory=set)
+    """Of what all processes have met, the faults and videos that are in the journal."""
+    saved_at: float = 0.0
+    """When the last checkpoint was begun, by the monotonic clock."""
 
-    def fit(self, batches: Iterable[tuple[Tensor, Tensor]], *, steps_per_epoch: int, checkpoint: Path) -> None:
-        """Take a step for each batch that is left; write the checkpoint at the end of every epoch.
+    def fit(self, micro_batches: Iterator[MicroBatch], interruption: Interruption) -> str | None:
+        """Take the steps that are left. A checkpoint is written on schedule, at the end, and where training is stopped.
 
         Args:
-            batches: Clips (B, 3, T, H, W) and labels (B,), beginning with those of step `self.step`.
-            steps_per_epoch: How often to write the checkpoint.
-            checkpoint: Where.
+            micro_batches: Those of this process, beginning with those of the step after `self.step.taken`.
+            interruption: Says when to stop.
+
+        Returns:
+            The signal that stopped training; None at the end.
 
         Raises:
-            FloatingPointError: A loss or gradient is not finite. The weights have not been changed by it, and the
-                checkpoint of the last epoch is intact.
+            FloatingPointError: A loss or a gradient is not finite. The state before that step has been saved.
+            RuntimeError: Another process has ended or does not answer; the message says which.
         """
-        device = self.class_embeddings.device
-        self.model.train()
-        with progress_bar(unit="clips") as progress:
-            task = progress.add_task("fine-tuning", total=None)
-            for clips, labels in batches:
-                values = self.train_step(clips.to(device), labels.to(device))
-                self.journal.write("step", step=self.step, **values)
-                done, total = (steps * len(clips) for steps in (self.step, self.learning_rate.total_steps))
-                text = f"fine-tuning, loss {values['loss']:.3f}"
-                progress.update(task, completed=done, total=total, description=text)
-                if self.step % steps_per_epoch == 0:
-                    save_state(checkpoint, self.state_dict())
-                    epoch = self.step // steps_per_epoch
-                    self.journal.write("checkpoint", step=self.step, epoch=epoch)
-                    progress.console.print(f"epoch {epoch}: loss {values['loss']:.3f}")
+        step, last = self.step, self.step.learning_rate.total_steps
+        step.model.train()
+        self.saved_at, stopped = time.monotonic(), 0.0
+        with self.watch:
+            while step.taken < last and not stopped:
+                self.watch.step(step.taken + 1)
+                try:
+                    values, (stopped, due, faults) = step(
+                        micro_batches, lambda: (interruption.signal is not None, self._is_due(), len(self.faults))
+                    )
+                except FloatingPointError:
+                    self.save()
+                    raise
+                if step.taken % _DISTANCE_EVERY == 0 or step.taken == last:
+                    values["distance"] = distance(trainable_weights(step.encoder), step.regularizer.anchor)
+                if faults:
+                    self._report_faults()
+                if self.monitor:
+                    self.monitor.step(step.taken, values, values.pop("waited_s"))
+                if due or stopped or step.taken == last:
+                    self.save()
+            self.checkpoints.wait()
+        return None if not stopped else interruption.signal or "a signal to another process"
 
-    def train_step(self, clips: Tensor, labels: Tensor) -> dict[str, float]:
-        """One step: both gradients, clipped; stop if they are not finite; update; average on schedule."""
-        learning_rate = self.learning_rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        alpha = self.regularizer.alpha
-        self.optimizer.zero_grad()
-        loss = self.regularizer.backward(lambda model: F.cross_entropy(model(clips, self.class_embeddings), labels))
-        interpolated_loss = self.regularizer.interpolated_loss
-        gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_gradient_norm)
-        values = {
-            "loss": loss.item(),
-            **({} if interpolated_loss is None else {"interpolated_loss": interpolated_loss.item()}),
-            "gradient_norm": gradient_norm.item(),
-            "alpha": alpha,
-            "learning_rate": learning_rate,
-        }
-        if not all(map(math.isfinite, values.values())):
-            raise FloatingPointError(
-                f"step {self.step + 1} is not finite: "
-                + ", ".join(f"{name} {value:g}" for name, value in values.items())
-                + ". The weights are still those of the step before; lower the learning rate or look at the batch."
+    def _is_due(self) -> bool:
+        """Whether a checkpoint is to be written after the step being taken; the first process's clock counts."""
+        every = self.saving.every_steps
+        late = distributed.rank() == 0 and time.monotonic() - self.saved_at > 60 * self.saving.every_minutes
+        return late or (every is not None and (self.step.taken + 1) % every == 0)
+
+    def save(self) -> None:
+        """Begin to write a checkpoint of the state as it is."""
+        self.checkpoints.save(self.step.taken, self.state_dict())
+        self.saved_at = time.monotonic()
+        if self.monitor:
+            self.monitor.event("checkpoint", step=self.step.taken)
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint that is whole, if there is one; all processes call it together.
+
+        Raises:
+            ValueError: The run was begun with other videos or from other weights.
+        """
+        if not self.checkpoints.steps():
+            return
+        state = self.state_dict()
+        self.checkpoints.load(state)
+        unlike = [name for name, value in self.identity.items() if state["identity"][name] != value]
+        if unlike:
+            raise ValueError(
+                f"the run was begun with {' and '.join(f'other {name}' for name in unlike)}; give back those of then "
+                "(they may lie elsewhere), or begin a new run."
             )
-        self.optimizer.step()
-        self.averager.update()
-        self.step += 1
-        return values
+        self.step.load_state_dict(state["step"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs to go on as if training had never stopped."""
-        return {
-            "step": self.step,
-            "videos": self.videos,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "regularizer": self.regularizer.state_dict(),
-            "averager": self.averager.state_dict(),
-        }
+        return {"identity": dict(self.identity), "step": self.step.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
-
-        Raises:
-            ValueError: It was trained on other videos.
-        """
-        if state["videos"] != self.videos:
-            raise ValueError(
-                "the training set has other videos or classes than the run was begun with; give back the set of then "
-                "(it may lie elsewhere), or begin a new run."
-            )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.regularizer.load_state_dict(state["regularizer"])
-        self.averager.load_state_dict(state["averager"])
-        self.step = state["step"]
-
-    def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint, if there is one."""
-        if checkpoint.exists():
-            self.load_state_dict(load_state(checkpoint))
-            self.journal.write("resume", step=self.step)
+    def _report_faults(self) -> None:
+        met = [fault for of_rank in distributed.gathered(self.faults) for fault in of_rank]
+        self.faults.clear()
+        for fault, video, reason in met:
+            if self.monitor and (fault, video) not in self.reported:
+                self.monitor.event(fault, step=self.step.taken, video=video, reason=reason)
+            self.reported.add((fault, video))

@@ -11,16 +11,17 @@ from open_clip.model import CLIP
 from torch import Tensor
 
 from applications.openvclip import distributed
-from applications.openvclip.model.classifier import Tokenizer, class_embeddings
+from applications.openvclip.model.classifier import Tokenizer
 from applications.openvclip.model.precision import Precision
 from applications.openvclip.model.temporal_attention import Edge
 from applications.openvclip.model.video_encoder import VideoEncoder
 from applications.openvclip.progress import progress_bar
 from applications.openvclip.runs.weights import fingerprint
+from applications.openvclip.zeroshot.embeddings import kept_class_embeddings
 from applications.openvclip.zeroshot.one_pass import Reading, Scorer, at_weights, look
 from applications.openvclip.zeroshot.passes import Pass, plan
 from applications.openvclip.zeroshot.protocols import Protocol
-from applications.openvclip.zeroshot.results import BASELINE, ProtocolResult
+from applications.openvclip.zeroshot.results import BASELINE, LAST, ProtocolResult
 from applications.openvclip.zeroshot.scores import results_of
 from interpolate import patch
 from interpolate.weights import Weights
@@ -51,7 +52,9 @@ class Evaluation:
                 'each once, or give them names of their own: the "name" in a protocol\'s file, the folder of a set.'
             )
 
-    def __call__(self, anchor: Weights, theta: Weights | None, folder: Path) -> list[ProtocolResult]:
+    def __call__(
+        self, anchor: Weights, theta: Weights | None, folder: Path, *, last: Weights | None = None
+    ) -> list[ProtocolResult]:
         """The accuracies of CLIP* and, where there are fine-tuned weights, at every anchor weight.
 
         Processes of torchrun share the videos; the first one returns the results, the others none.
@@ -60,8 +63,9 @@ class Evaluation:
             anchor: The pretrained weights.
             theta: The fine-tuned weights, under the same names.
             folder: Where logits are kept; an evaluation that was interrupted goes on with them.
+            last: The weights that training ended with, where `theta` is their average: a path of their own.
         """
-        scorers = scorers_of(self.clip, self.edge, anchor, theta, self.anchor_weights, compiled=self.compile)
+        scorers = scorers_of(self.clip, self.edge, anchor, theta, self.anchor_weights, last, compiled=self.compile)
         results: dict[str, ProtocolResult] = {}
         with progress_bar() as progress:
             task = progress.add_task("evaluating", total=sum(len(one.videos) for one in self.passes))
@@ -69,6 +73,7 @@ class Evaluation:
                 progress.update(task, description=f"evaluating, {', '.join(p.name for p in group)}")
                 weights = {"classes": embeddings, **{f"anchor {name}": tensor for name, tensor in anchor.items()}}
                 weights |= {f"theta {name}": tensor for name, tensor in (theta or {}).items()}
+                weights |= {f"last {name}": tensor for name, tensor in (last or {}).items()}
                 files = look(
                     one,
                     scorers,
@@ -89,7 +94,7 @@ def embedded(
 ) -> dict[Pass, tuple[list[Protocol], Tensor]]:
     """The passes that protocols need, what each is for, and the embeddings of its classes: all but the videos."""
     return {
-        one: (group, class_embeddings(clip, tokenizer, one.classes, one.templates))
+        one: (group, kept_class_embeddings(clip, tokenizer, one.classes, one.templates))
         for one, group in plan(protocols).items()
     }
 
@@ -100,18 +105,26 @@ def scorers_of(
     anchor: Weights,
     theta: Weights | None,
     anchor_weights: Sequence[float],
+    last: Weights | None = None,
     *,
     compiled: bool = False,
 ) -> dict[str, Scorer]:
     """CLIP* and, where there are fine-tuned weights, the model at every anchor weight, by name."""
+    clip = clip.to(distributed.device())
     per_frame, temporal = VideoEncoder(clip, temporal=False).eval(), VideoEncoder(clip, edge=edge).eval()
     if compiled:
         per_frame.compile()  # in place, so that names stay; weights are inputs: one compilation serves them all
         temporal.compile()
+    anchor = _on_device(anchor)
     scorers = {BASELINE: at_weights(per_frame, anchor)}
-    if theta is None:
-        return scorers
-    device = distributed.device()
-    theta = {name: tensor.to(device) for name, tensor in theta.items()}
-    weights = sorted({0.0, *anchor_weights})
-    return scorers | {f"{w:g}": at_weights(temporal, patch(anchor, theta, anchor_weight=w)) for w in weights}
+    for prefix, tuned in (("", theta), (LAST, last)):
+        if tuned is not None:
+            tuned = _on_device(tuned)
+            for weight in sorted({0.0, *anchor_weights}):
+                patched = patch(anchor, tuned, anchor_weight=weight)
+                scorers[f"{prefix}{weight:g}"] = at_weights(temporal, patched)
+    return scorers
+
+
+def _on_device(weights: Weights) -> dict[str, Tensor]:
+    return {name: tensor.to(distributed.device()) for name, tensor in weights.items()}

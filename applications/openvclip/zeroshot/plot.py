@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure  # the object interface: no display and no global state
 
-from applications.openvclip.zeroshot.results import BASELINE, Results
+from applications.openvclip.zeroshot.results import BASELINE, LAST, Results
 
 
 def plot_tradeoff(path: Path, results: Results) -> None:
@@ -24,10 +24,14 @@ def plot_tradeoff(path: Path, results: Results) -> None:
     columns = min(4, len(others))
     shape = (-(-len(others) // columns), columns)
     figure = Figure(figsize=(3.2 * shape[1], 0.5 + 3.4 * shape[0]), layout="constrained")
-    weights = sorted((s for s in closed.accuracy if s != BASELINE), key=float)
+    weights = sorted((s for s in closed.accuracy if s != BASELINE and not s.startswith(LAST)), key=float)
     x = [100 * closed.mean_std(weight)[0] for weight in weights]
+    last = [f"{LAST}{weight}" for weight in weights if f"{LAST}{weight}" in closed.accuracy]
     for axes, other in zip(np.ravel(figure.subplots(*shape, squeeze=False)), others, strict=False):
         y = [100 * other.mean_std(weight)[0] for weight in weights]
+        if last:
+            unaveraged = [[100 * r.mean_std(scorer)[0] for scorer in last] for r in (closed, other)]
+            axes.plot(*unaveraged, ".--", color="tab:gray", markersize=4, linewidth=1, label="without averaging")
         axes.plot(x, y, "o-", color="tab:blue", markersize=4, label="patched, by anchor weight")
         for weight, *point in zip(weights, x, y, strict=True):
             axes.annotate(weight, point, textcoords="offset points", xytext=(6, 4), fontsize=8)
@@ -41,7 +45,7 @@ def plot_tradeoff(path: Path, results: Results) -> None:
     for axes in figure.axes[len(others) :]:
         axes.set_axis_off()
     figure.axes[0].set_ylabel("zero-shot top-1 (%)")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     with mpl.rc_context({"savefig.dpi": 150}):
         figure.savefig(path, metadata={"Description": drawn_from(results)})
 

@@ -14,11 +14,17 @@ import cattrs
 from applications.openvclip.runs.texts import write_text
 
 BASELINE = "CLIP*"
+LAST = "last "
+"""Before an anchor weight: of the last weights of training in place of their average."""
 
 
 @dataclass(frozen=True)
 class ProtocolResult:
-    """Accuracies under one protocol, in [0, 1], of CLIP* and of each anchor weight ("0" is the fine-tuned weights)."""
+    """Accuracies under one protocol, in [0, 1], of CLIP* and of each anchor weight.
+
+    "0.5" is the average of the fine-tuned weights, patched so, "0" the average itself, and "last 0.5" what training
+    ended with, patched so.
+    """
 
     protocol: str
     hash: str

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from applications.openvclip.zeroshot.published import published
-from applications.openvclip.zeroshot.results import BASELINE, ProtocolResult, Results, mean_std, percent
+from applications.openvclip.zeroshot.results import BASELINE, LAST, ProtocolResult, Results, mean_std, percent
 
 
 def table(results: Results) -> Table:
@@ -31,6 +31,8 @@ def markdown(results: Results) -> str:
     rows = []
     for scorer in scorers:
         name = scorer if scorer == BASELINE else f"anchor weight {scorer}"
+        if scorer.startswith(LAST):
+            name = f"last weights, anchor weight {scorer.removeprefix(LAST)}"
         rows.append([_called(name, scorer, results.anchor_weight)])
         rows[-1] += [results.protocols[p].text(scorer, k) for p, k in columns]
     for method in (BASELINE, "fine-tuned", "Open-VCLIP"):

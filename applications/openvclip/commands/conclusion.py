@@ -1,0 +1,53 @@
+"""The end of a run: the weights that it leaves, and what they are worth."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from applications.openvclip import distributed
+from applications.openvclip.commands.report import report
+from applications.openvclip.runs.weights import fingerprint, save_weights
+from applications.openvclip.training.parallel import whole
+from interpolate import patch
+from interpolate.weights import trainable_weights
+
+if TYPE_CHECKING:
+    from applications.openvclip.build import Run
+
+
+def conclude(run: Run) -> None:
+    """Write the last weights, their average and the patched model, and evaluate; all processes call it together."""
+    step, folder = run.trainer.step, run.folder
+    last = whole(trainable_weights(step.encoder))
+    averaged = whole(step.averager.weights) if step.averager.n_averaged else last
+    weight = run.settings["evaluation"]["anchor_weight"]
+    written = {
+        folder.last: (last, f"fine-tuned weights after step {step.taken}"),
+        folder.averaged: (averaged, f"mean of {step.averager.n_averaged} fine-tuned weights"),
+        folder.patched: (patch(run.anchor, averaged, anchor_weight=weight), f"patched, anchor weight {weight:g}"),
+    }
+    metadata = {
+        "anchor": fingerprint(run.anchor),
+        "seed": str(run.settings["seed"]),
+        "classes": json.dumps(run.clips.manifest.classes),
+    }
+
+    def write() -> None:
+        rest = run.clip.state_dict()  # with the text tower, so that it loads wherever such a CLIP does
+        for path, (weights, content) in written.items():
+            save_weights(path, rest | weights, metadata | {"content": content})
+        for fault, what in (
+            ("unreadable", "could not be read and were replaced by others"),
+            ("cut-off", "are cut off and were used as far as they go"),
+        ):
+            if n := sum(kind == fault for kind, _ in run.trainer.reported):
+                Console().print(f"{n} videos {what}: see {folder.journal}", soft_wrap=True)
+
+    distributed.on_first(write)
+    apart = None if step.averager.n_averaged < 2 else last
+    report(folder, run.evaluation(run.anchor, averaged, folder.logits, last=apart), run.settings)
+    if distributed.rank() == 0:
+        run.journal.write("end", step=step.taken)
