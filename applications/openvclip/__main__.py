@@ -16,6 +16,8 @@ VERBS = {
     "train": "fine-tune, average, patch and evaluate: the built-in miniature, or a recipe of the paper",
     "evaluate": "a finished run again, or weights from elsewhere, under the paper's protocols or your own",
     "predict": "what videos show, among labels of your own",
+    "features": "the embeddings of many videos, in a file",
+    "search": "such a file by words or by a video, as a list and a page",
     "calibrate": "how sure a run may be, and when a video shows none of the labels",
     "serve": "a live page on this machine: a video, labels, and the anchor weight under your hand",
     "export": "a model as one file that runs without this package: ONNX, or torch.export",

@@ -22,6 +22,8 @@ OPTIONS = Path(__file__).with_name("options")
         ("export.txt", ["export"]),
         ("serve.txt", ["serve"]),
         ("push.txt", ["push"]),
+        ("features.txt", ["features"]),
+        ("search.txt", ["search"]),
         ("compare.txt", ["compare"]),
         ("inspect.txt", ["inspect"]),
     ],

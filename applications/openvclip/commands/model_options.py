@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import tyro
@@ -38,6 +39,15 @@ class ModelOptions:
     """Weight of the pretrained weights in the model, from 0 (fine-tuned) to 1; by default the run's, or 0.5."""
     templates: tuple[str, ...] = ()
     """Sentences that labels are put into, each with a {}; or actions, or objects. By default those of the run."""
+
+    def found_from_anywhere(self) -> ModelOptions:
+        """The same with whole paths, to be kept in a file."""
+
+        def whole(path: str | None) -> str | None:
+            return os.path.abspath(path) if path and os.path.exists(path) else path
+
+        model = replace(self.model, pretrained=whole(self.model.pretrained))
+        return replace(self, run=whole(self.run), weights=whole(self.weights), model=model)
 
     def classifier(self) -> Classifier:
         """The model, loaded.

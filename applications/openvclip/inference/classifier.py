@@ -57,8 +57,8 @@ class Classifier(ModelHubMixin):
         self.views = EvaluationViews(loaded.sampling, source.image_size, cache or Cache())
         """Reads a video's views by its path or URL; can be sent to other processes."""
         self.templates = loaded.templates
-        self._normalisation = Normalisation(source.image_mean, source.image_std)
-        self._encoder = VideoEncoder(source.clip, temporal=loaded.theta is not None, edge=loaded.model.edge).eval()
+        self.normalisation = Normalisation(source.image_mean, source.image_std)
+        self.encoder = VideoEncoder(source.clip, temporal=loaded.theta is not None, edge=loaded.model.edge).eval()
         self._theta = loaded.anchor if loaded.theta is None else _beside(loaded.anchor, loaded.theta)
         self._embeddings: dict[tuple[LabelSet, tuple[str, ...]], Tensor] = {}
         self._lock = threading.RLock()
@@ -123,6 +123,11 @@ class Classifier(ModelHubMixin):
         return cls.load(downloaded(model_id, **{name: options[name] for name in names}))
 
     @property
+    def embedding_size(self) -> int:
+        """Of videos and labels, E."""
+        return int(self.encoder.visual.output_dim)
+
+    @property
     def anchor_weight(self) -> float:
         """Weight of the anchor in the model, in [0, 1]: 0 is the fine-tuned weights. It can be set."""
         return self._anchor_weight
@@ -132,7 +137,7 @@ class Classifier(ModelHubMixin):
         if self.loaded.theta is None and anchor_weight != 1:
             raise ValueError(f"anchor_weight: there are no fine-tuned weights, so it is 1, got {anchor_weight}.")
         with self._lock:
-            load_weights(self._encoder, patch(self.loaded.anchor, self._theta, anchor_weight=anchor_weight))
+            load_weights(self.encoder, patch(self.loaded.anchor, self._theta, anchor_weight=anchor_weight))
             self._anchor_weight = anchor_weight
 
     @contextmanager
@@ -211,8 +216,8 @@ class Classifier(ModelHubMixin):
             FloatingPointError: One is not finite.
         """
         with self._lock:
-            embeddings = self._encoder.embed(
-                normalised(clips.to(self._encoder.logit_scale.device), self._normalisation)
+            embeddings = self.encoder.embed(
+                normalised(clips.to(self.encoder.logit_scale.device), self.normalisation)
             ).float()
         if not embeddings.isfinite().all():
             raise FloatingPointError("the embedding of a clip is not finite; look for nan or inf in the weights.")
@@ -222,7 +227,7 @@ class Classifier(ModelHubMixin):
     def logits(self, embeddings: Tensor, classes: Tensor) -> Tensor:
         """Embeddings of clips (B, E) and classes (K, E) → logits (B, K), those of an evaluation."""
         with self._lock:
-            return self._encoder.logits(embeddings, classes)
+            return self.encoder.logits(embeddings, classes)
 
     @torch.inference_mode()
     def embeddings_of(self, labels: Labels) -> Tensor:

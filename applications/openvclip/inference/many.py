@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -27,6 +28,16 @@ class Seen:
     """Why it could not be read; or what is missing of a file that was cut off and is used as far as it goes."""
 
 
+def is_video(name: str) -> bool:
+    """Whether a file is one by its name."""
+    return PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES
+
+
+def whole(location: str) -> str:
+    """A path that is the same from any folder; a URL stays what it is."""
+    return location if storage.is_url(location) else os.path.abspath(location)
+
+
 def find_videos(sources: Iterable[str]) -> list[str]:
     """Files and URLs as they are given, and the videos in folders, each once.
 
@@ -38,7 +49,7 @@ def find_videos(sources: Iterable[str]) -> list[str]:
         if not storage.is_folder(source):
             found[source] = None
             continue
-        files = [path for path in storage.list_files(source) if PurePosixPath(path).suffix.lower() in VIDEO_SUFFIXES]
+        files = [path for path in storage.list_files(source) if is_video(path)]
         if not files:
             raise ValueError(f"{source}: there is no video in this folder.")
         found |= dict.fromkeys(storage.join(source, path) for path in files)
