@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train demo test test-all check bench mutants
+.PHONY: train demo test test-all check bench gpu-check mutants
 
 train: .venv/installed  ## Fine-tune and evaluate Open-VCLIP on the built-in miniature; ARGS="..." overrides the recipe
 	$(BIN)/python -m applications.openvclip.train $(ARGS)
@@ -23,7 +23,10 @@ check: .venv/installed  ## Lint, formatting, types, import rules
 	$(BIN)/lint-imports
 
 bench: .venv/installed  ## Run every benchmark; results go to benchmarks/results
-	set -e; for script in $(filter-out benchmarks/measuring.py benchmarks/quoted.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
+	set -e; for script in $(filter-out benchmarks/measuring.py benchmarks/quoted.py benchmarks/gpu_check.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
+
+gpu-check: .venv/installed  ## What has to be known of GPUs: distributed tests, memory, speed; without one, scaled down
+	$(BIN)/python benchmarks/gpu_check.py
 
 mutants: .venv/installed  ## Break the library one line at a time and see the tests fail
 	$(BIN)/python tests/mutants.py $(ARGS)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from two_ranks import WORLD_SIZE, on_two_ranks, shared_folder
+from two_ranks import DEVICE, WORLD_SIZE, on_two_ranks, shared_folder
 
 from applications.openvclip.training.checkpoints import Checkpoints
 from interpolate.state import on_first
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def sharded(value: float) -> DTensor:
-    mesh = init_device_mesh("cpu", (WORLD_SIZE,))
+    mesh = init_device_mesh(DEVICE, (WORLD_SIZE,))
     return distribute_tensor(torch.arange(5.0) + value, mesh, [Shard(0)])  # not the same on both
 
 

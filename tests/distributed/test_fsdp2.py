@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
-from two_ranks import WORLD_SIZE, on_two_ranks
+from two_ranks import DEVICE, WORLD_SIZE, on_two_ranks
 
 from interpolate import InterpolatedWeightRegularizer, load_weights, patch, pull
 from interpolate._sharding import reshard
@@ -28,7 +28,7 @@ def network(seed: int = 0) -> nn.Module:
 
 
 def sharded(model: nn.Module, **options) -> nn.Module:
-    mesh = init_device_mesh("cpu", (WORLD_SIZE,))
+    mesh = init_device_mesh(DEVICE, (WORLD_SIZE,))
     for layer in model:
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh, **options)

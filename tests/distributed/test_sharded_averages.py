@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
-from two_ranks import WORLD_SIZE, on_two_ranks
+from two_ranks import DEVICE, WORLD_SIZE, on_two_ranks
 
 from interpolate import (
     EMAAverager,
@@ -37,7 +37,7 @@ def network() -> nn.Module:
 
 
 def sharded() -> nn.Module:
-    return fully_shard(network(), mesh=init_device_mesh("cpu", (WORLD_SIZE,)))
+    return fully_shard(network(), mesh=init_device_mesh(DEVICE, (WORLD_SIZE,)))
 
 
 def train(model: nn.Module, averager: WeightAverager, steps: int) -> None:
@@ -159,7 +159,7 @@ def unevenly_sharded_weights_are_mixed_along_the_arc_of_the_whole(rank: int) -> 
 def long_averages_of_shards_are_within_a_last_bit(rank: int) -> None:
     for device in (None, "cpu"):
         for dtype in (torch.float32, torch.bfloat16):
-            model = fully_shard(network().to(dtype), mesh=init_device_mesh("cpu", (WORLD_SIZE,)))
+            model = fully_shard(network().to(dtype), mesh=init_device_mesh(DEVICE, (WORLD_SIZE,)))
             averager = SWAAverager(model, device=device)
             for value, n in ((1.0, 100), (1.0078125, 900)):  # both are bf16
                 with torch.no_grad():
@@ -187,7 +187,7 @@ def train_with_teacher(model: nn.Module, x: Tensor, teacher, first: bool) -> dic
 def a_sharded_teacher_is_that_of_an_explicit_copy_and_leaves_no_trace(rank: int) -> None:
     x = torch.randn(4, 5).double()  # the same on both ranks: the mean of the gradients is that of either
     for options in ({}, {"reshard_after_forward": False}):
-        model = fully_shard(network(), mesh=init_device_mesh("cpu", (WORLD_SIZE,)), **options)
+        model = fully_shard(network(), mesh=init_device_mesh(DEVICE, (WORLD_SIZE,)), **options)
         averager = SWAAverager(model, start_at="anchor")
         regularizer = InterpolatedWeightRegularizer(model)
         train(model, averager, 2)
@@ -253,7 +253,7 @@ def a_teacher_under_ddp_communicates_nothing_and_is_that_of_a_copy(rank: int) ->
 def a_model_sharded_after_its_averager_is_refused(rank: int) -> None:
     model = network()
     averager = SWAAverager(model)
-    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD_SIZE,)))
+    fully_shard(model, mesh=init_device_mesh(DEVICE, (WORLD_SIZE,)))
     with pytest.raises(WeightMismatchError, match=r"0\.weight is sharded as .* Make the averager after fully_shard"):
         averager.update()
 

@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
-from two_ranks import WORLD_SIZE, on_two_ranks
+from two_ranks import DEVICE, WORLD_SIZE, on_two_ranks
 
 from applications.openvclip.miniature import tiny_clip
 from applications.openvclip.model.precision import Precision
@@ -34,7 +34,7 @@ def anchor() -> dict[str, Tensor]:
 
 
 def sharded(clip: CLIP, **options) -> VideoEncoder:
-    return shard(VideoEncoder(clip, **options).train(), init_device_mesh("cpu", (WORLD_SIZE,)))
+    return shard(VideoEncoder(clip, **options).train(), init_device_mesh(DEVICE, (WORLD_SIZE,)))
 
 
 def batch_of(rank: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +104,7 @@ def gradients_of_shards_are_those_of_a_whole_encoder(rank: int) -> None:
 
 
 def all_ranks_leave_out_a_step_that_overflows_on_one(rank: int) -> None:
-    encoder, precision = sharded(tuned().float()), Precision("fp16", torch.device("cpu"))
+    encoder, precision = sharded(tuned().float()), Precision("fp16", torch.device(DEVICE))
     before = full({n: p.detach().clone() for n, p in encoder.named_parameters()})
     optimizer = torch.optim.SGD(encoder.parameters(), lr=1e-3)
     clips, labels, classes = batch_of(rank, 0)

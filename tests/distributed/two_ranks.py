@@ -1,4 +1,7 @@
-"""Runs many claims on two gloo processes that are started once."""
+"""Runs many claims on two processes that are started once: on the CPU with gloo, or on two GPUs with NCCL.
+
+`INTERPOLATE_TEST_DEVICE=cuda` asks for the latter; whatever a claim makes is then on its rank's GPU.
+"""
 
 import inspect
 import os
@@ -15,6 +18,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 WORLD_SIZE = 2
+DEVICE = os.environ.get("INTERPOLATE_TEST_DEVICE", "cpu")
+"""The kind of device, as meshes want it."""
 
 Claim = Callable[[int], None]
 
@@ -57,7 +62,11 @@ def _rank(rank: int, claims: list[Claim], folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.FileStore(f"{folder}/store", WORLD_SIZE)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank)
+        torch.set_default_device(torch.device("cuda", rank))
+    backend = "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
     failed = None
     for claim in claims:
         torch.manual_seed(0)
