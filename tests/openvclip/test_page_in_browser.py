@@ -64,7 +64,7 @@ def address(theta: Path, classes: list[str], tmp_path_factory: pytest.TempPathFa
     assert server.stdout is not None
     found = (re.match(r"(http://127\.0\.0\.1:\d+)/", line) for line in server.stdout)
     yield next(match[1] for match in found if match)
-    server.send_signal(signal.SIGINT)
+    server.send_signal(signal.SIGTERM)
     assert server.wait(timeout=60) == 130
     server.stdout.close()
     assert not list(own.glob("openvclip-uploads-*"))  # deleted with all that was sent

@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def serve(options: Serve) -> None:
     """Serve until interrupted."""
+    import signal
     from threading import Event
 
     from rich.console import Console
@@ -61,6 +62,7 @@ def serve(options: Serve) -> None:
             f"the page needs {error.name}, which is not installed: pip install 'interpolate-weights[openvclip,demo]'."
         ) from error
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was sent is deleted however it is ended
     console = Console()
     of = options.of
     if of == ModelOptions() and (newest := newest_run(Path("runs"))):
