@@ -60,6 +60,17 @@ def adapter_factors(names: Iterable[str]) -> list[str]:
     return [name for name in names if _FACTORS.search(name)]
 
 
+def layer_of_factor(name: str) -> str:
+    """The module that an adapter's factor belongs to; empty if that is the whole.
+
+    Example:
+        >>> layer_of_factor("model.q_proj.lora_A.default.weight")
+        'model.q_proj'
+    """
+    found = _FACTORS.search(name)
+    return name[: found.start()] if found else name
+
+
 def quantised(weights: Mapping[str, Any]) -> list[str]:
     """Those names of quantised weights and what belongs to them; `weights` are tensors, or anything with a `dtype`.
 
@@ -114,7 +125,8 @@ def check_mixable(first: Mapping[str, Any], *others: Mapping[str, Any]) -> None:
         if factors:
             raise ValueError(
                 f"there are factors of an adapter (such as LoRA) in {_layers(factors, _FACTORS)}: mixed one by one, "
-                "their product is not the mix of the models. Merge first, in PEFT by model.merge_and_unload()."
+                "their product is not the mix of the models. Merge first, in PEFT by model.merge_and_unload(); or mix "
+                "the updates, by interpolate.lora.mix_adapters or `python -m interpolate adapters`."
             )
         if codes:
             raise ValueError(

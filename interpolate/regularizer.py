@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from interpolate._adapters import Adapters
 from interpolate._alphas import AlphaSequence
 from interpolate._sharding import inner, is_sharded, like, local
 from interpolate._strategies import (
@@ -38,8 +39,9 @@ class InterpolatedWeightRegularizer(AlphaSequence):
     of modules: buffers, and tensors and containers of Python's in their attributes (caches, counters, metrics). Objects
     of other kinds, and what `loss_fn` changes outside of the model, see both passes. Dropout draws a mask in each.
 
-    With LoRA, what is interpolated are the factors, one by one: the path leads through products of interpolated
-    factors, not through interpolated products. Its gradient is exact; only at its ends are the two paths the same.
+    With LoRA (PEFT's layers and those with an attribute `scaling`) the anchor is the base model, whatever the adapters
+    hold: their update is interpolated, by its scale, as `anchor + (1 - alpha) * s * B @ A`, with the exact gradient of
+    both factors. Neither the base nor the factors are in `anchor`. DoRA and other adapters are refused.
 
     Under DDP, give the wrapped model: the pass at the interpolated weights communicates nothing, and the plain one
     synchronises the sum of both. Where `find_unused_parameters` is needed, both passes must use the same parameters.
@@ -104,9 +106,10 @@ class InterpolatedWeightRegularizer(AlphaSequence):
             raise ValueError(f"{type(model).__name__} has no trainable floating-point parameter to regularize.")
         self.strategy = choose_strategy(model, theta, strategy, through_wrapper=passes == "random")
         """How weights are put under the model: `functional` or `in_place`."""
-        self._parts = ThetaOnly(theta_only, theta)
+        self._parts, self._adapters = ThetaOnly(theta_only, theta), Adapters(model, theta)
+        self._parts.own |= self._adapters.factors
         shared = self._parts.shared(theta)
-        anchor = self._parts.paired(theta, theta if anchor is None else anchor)
+        anchor = self._parts.paired(theta, shared if anchor is None else anchor)
         if any(is_sharded(theta[name]) for name in self._parts.rows):
             raise ValueError("theta_only: rows of sharded weights can't be told apart; name the whole weights.")
         anchor = {
@@ -211,12 +214,14 @@ class InterpolatedWeightRegularizer(AlphaSequence):
             )
         step, theta = self.step, self._trainable()
         anchor = self._anchor_of(theta)
-        tilde = {name: torch.lerp(p, anchor[name], self.alpha) for name, p in theta.items()}
+        factors = self._adapters.factors  # theirs is the gradient at the scaled update
+        tilde = {n: p.view_as(p) if n in factors else torch.lerp(p, anchor[n], self.alpha) for n, p in theta.items()}
         stand_ins = {id(p): tilde[name] for name, p in theta.items()}
         if not torch.is_grad_enabled():
-            return call_at(self.model, stand_ins, lambda model: model(*args, **kwargs))
+            with self._adapters.scaled(1 - self.alpha):
+                return call_at(self.model, stand_ins, lambda model: model(*args, **kwargs))
         torch.autograd.graph.register_multi_grad_hook(tuple(tilde.values()), lambda _: self._end(step), mode="any")
-        with torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTED):
+        with self._adapters.scaled(1 - self.alpha), torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTED):
             output = call_at(self.model, stand_ins, lambda model: model(*args, **kwargs))
         if has_reentrant_checkpoint(output):
             raise RuntimeError(CHECKPOINTED)
@@ -236,6 +241,10 @@ class InterpolatedWeightRegularizer(AlphaSequence):
             weight: Weight of `toward`, in [0, 1].
         """
         theta = self._trainable()
+        if self._adapters.factors:
+            raise ValueError(
+                "the anchor of adapters is the base model, which does not move: merge them and train anew."
+            )
         toward = theta if toward is None else toward
         toward = {n: self._parts.completed(n, t, theta[n]) for n, t in self._parts.paired(theta, toward).items()}
         pull_tensors(self.anchor, toward, weight, sides=("the anchor", "toward"))
@@ -249,8 +258,9 @@ class InterpolatedWeightRegularizer(AlphaSequence):
 
         As `WeightAverager.run` does for an average: at any time, and nothing of the model changes.
         """
-        self._trainable()
-        return without_gradient(self.model, self.anchor, {}, function)
+        theta = self._trainable()
+        with self._adapters.scaled(0):
+            return without_gradient(self.model, self._anchor_of(theta), {}, function)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs: the step, the seed and the anchor."""
@@ -280,8 +290,9 @@ class InterpolatedWeightRegularizer(AlphaSequence):
         return {name: self.anchor[name] if name in self.anchor else p.detach() for name, p in theta.items()}
 
     def _run(self, model: nn.Module, function: Callable[[nn.Module], T], index: int | None) -> T:
-        theta = self._trainable()
-        return STRATEGIES[self.strategy](model, theta, self._anchor_of(theta), self.alpha_of(index), function)
+        theta, alpha = self._trainable(), self.alpha_of(index)
+        with self._adapters.interpolated(alpha, theta):
+            return STRATEGIES[self.strategy](model, theta, self._anchor_of(theta), alpha, function)
 
     def _interpolated(
         self, model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple, factor: float, index: int | None

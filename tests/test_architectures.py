@@ -137,13 +137,6 @@ def clip_of_transformers() -> Case:
     return model, lambda model: model(input_ids=tokens, pixel_values=images, return_loss=True).loss
 
 
-def lora_of_peft() -> Case:
-    from peft import LoraConfig, get_peft_model
-
-    model, loss_fn = gpt2_with_tied_weights()
-    return get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)), loss_fn
-
-
 CASES: list[Callable[[], Case]] = [
     resnet,
     convnext,
@@ -158,7 +151,6 @@ CASES: list[Callable[[], Case]] = [
     whisper,
     clip_with_both_towers,
     clip_of_transformers,
-    lora_of_peft,
 ]
 
 

@@ -162,6 +162,14 @@ def test_a_regularizer_of_new_parts_resumes_and_its_anchor_moves():
     assert torch.equal(resumed.anchor["layer.weight"], fine_tuned().layer.weight)
 
 
+def test_the_model_at_the_anchor_has_thetas_new_parts():
+    anchor, theta = pretrained(), fine_tuned()
+    regularizer = InterpolatedWeightRegularizer(theta, anchor=anchor.state_dict(), theta_only=PATTERNS)
+    at_anchor = fine_tuned()
+    at_anchor.load_state_dict(expected(anchor, theta, 1))
+    assert torch.equal(regularizer.at_anchor(torch.arange(6)), at_anchor(torch.arange(6)))
+
+
 def test_the_path_and_a_pull_leave_new_parts_alone():
     anchor, theta = pretrained(), fine_tuned()
     values = evaluate_path(

@@ -1,0 +1,196 @@
+"""LoRA as PEFT makes it: the regularizer interpolates the updates of the weights, and adapters are mixed by them."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from interpolate import InterpolatedWeightRegularizer, patch
+from interpolate._unmixable import adapter_factors
+
+peft = pytest.importorskip("peft")
+F = nn.functional
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc, self.conv = nn.Embedding(8, 6), nn.Linear(6, 6), nn.Conv1d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = torch.tanh(self.fc(self.embed(tokens)))
+        return self.head(torch.tanh(self.conv(hidden.mT)).mean(-1))
+
+
+TOKENS, LABELS = torch.arange(16).reshape(4, 4) % 8, torch.tensor([0, 1, 1, 0])
+CONFIGS = {
+    "plain": {"target_modules": ["fc"], "r": 2},
+    "embedding and convolution": {"target_modules": ["fc", "embed", "conv"], "r": 3, "lora_alpha": 5},
+    "rslora with biases": {"target_modules": ["fc"], "r": 4, "use_rslora": True, "bias": "all", "lora_bias": True},
+    "with a head": {"target_modules": ["fc"], "r": 2, "modules_to_save": ["head"]},
+}
+
+
+def loss_fn(model: nn.Module) -> Tensor:
+    return F.cross_entropy(model(TOKENS), LABELS)
+
+
+def adapted(seed: int = 1, **config) -> nn.Module:
+    """A model with adapters after some training."""
+    torch.manual_seed(0)
+    config = {"bias": "none"} | config
+    if config["bias"] != "none":
+        config["lora_bias"] = False  # PEFT takes one of the two
+    model = peft.get_peft_model(Net(), peft.LoraConfig(**config)).double()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+def merged(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).merge_and_unload()
+
+
+def base_of() -> nn.Module:
+    torch.manual_seed(0)
+    return Net().double()
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("way", ["functional", "in_place", "two terms"])
+def test_the_gradient_is_that_of_merged_weights_on_the_straight_path_from_the_base(config: dict, way: str):
+    """What autograd gives for `L(theta) + beta L(theta_tilde)`, theta_tilde being made of merged weights."""
+    model = adapted(**config)
+    anchor = dict(base_of().named_parameters())
+    saved = {n: p.detach().clone() + 0.1 for n, p in model.named_parameters() if p.requires_grad}
+    saved = {n: t for n, t in saved.items() if n not in adapter_factors(saved)}
+    regularizer = InterpolatedWeightRegularizer(model, anchor=saved, strategy=None if way == "two terms" else way)
+    alpha, beta = regularizer.alpha, regularizer.beta
+    assert not adapter_factors(regularizer.anchor)
+
+    theta = merged(model)
+    whole = {n: p.detach() for n, p in theta.named_parameters()}
+    start = {n: p.detach() for n, p in anchor.items()}
+    for name, tensor in saved.items():  # what is trained whole has an anchor of its own
+        plain = (
+            name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".modules_to_save.default", "")
+        )
+        start[plain] = tensor
+    tilde = {n: alpha * start[n] + (1 - alpha) * t for n, t in whole.items()}
+    at_tilde = Net().double()
+    at_tilde.load_state_dict(tilde)
+
+    reference = copy.deepcopy(model)
+    factors = {n: p for n, p in reference.named_parameters() if p.requires_grad}
+
+    def weights_from(scale: float) -> dict[str, Tensor]:
+        """The interpolated weights as a differentiable function of what is trained."""
+        weights = {}
+        for name, module in reference.base_model.model.named_modules():
+            if hasattr(module, "lora_A"):
+                weights[f"{name}.weight"] = module.base_layer.weight + scale * module.get_delta_weight("default")
+        for name, p in factors.items():
+            if name in saved:
+                plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+                plain = plain.replace(".modules_to_save.default", "")
+                weights[plain] = scale * p + (1 - scale) * saved[name]
+        return {n: weights.get(n, start[n]) for n in start}
+
+    for name, tensor in weights_from(1 - alpha).items():
+        torch.testing.assert_close(tensor, tilde[name])
+    empty = Net().double()
+    at = lambda scale: torch.func.functional_call(empty, weights_from(scale), (TOKENS,))  # noqa: E731
+    (F.cross_entropy(at(1.0), LABELS) + beta * F.cross_entropy(at(1 - alpha), LABELS)).backward()
+
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    for p in factors.values():
+        p.grad *= 2  # two steps' worth, by accumulation
+    for _ in range(2):
+        with regularizer.one_step():
+            if way == "two terms":
+                (loss_fn(model) + beta * F.cross_entropy(regularizer(TOKENS), LABELS)).backward()
+            else:
+                regularizer.backward(loss_fn)
+                torch.testing.assert_close(regularizer.interpolated_loss, loss_fn(at_tilde).detach())
+        regularizer.step = 0
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, factors[name].grad, msg=name)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    torch.testing.assert_close(loss_fn(model), loss_fn(theta))  # scales are what they were
+
+
+def test_the_model_at_the_anchor_is_the_base():
+    model = adapted(**CONFIGS["embedding and convolution"])
+    regularizer = InterpolatedWeightRegularizer(model)
+    torch.testing.assert_close(regularizer.at_anchor(TOKENS), base_of()(TOKENS))
+    with pytest.raises(ValueError, match="the anchor of adapters is the base model"):
+        regularizer.move_anchor()
+
+
+def test_scales_come_back_after_an_exception():
+    model = adapted(**CONFIGS["plain"])
+    scales = [dict(m.scaling) for m in model.modules() if hasattr(m, "scaling")]
+    with pytest.raises(ZeroDivisionError):
+        InterpolatedWeightRegularizer(model).backward(lambda model: 1 / 0)
+    assert scales == [m.scaling for m in model.modules() if hasattr(m, "scaling")]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [peft.LoraConfig(target_modules=["fc"], use_dora=True), peft.LoHaConfig(target_modules=["fc"])],
+    ids=["DoRA", "LoHa"],
+)
+def test_adapters_whose_update_is_not_scaled_are_refused(config):
+    with pytest.raises(ValueError, match=r"the adapters' weights base_model\.model\.fc\..* can't be regularized"):
+        InterpolatedWeightRegularizer(peft.get_peft_model(Net(), config))
+
+
+def test_merged_adapters_are_refused():
+    model = adapted(**CONFIGS["plain"])
+    regularizer = InterpolatedWeightRegularizer(model)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="adapters are merged into the weights of Linear"):
+        regularizer.backward(loss_fn)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # PEFT's own, of transformers
+def test_the_gradient_is_right_in_a_model_of_transformers_that_multiplies_from_the_right():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=8, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        )
+    ).double()
+    tokens = torch.randint(20, (3, 8))
+    config = peft.LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    model = peft.get_peft_model(copy.deepcopy(base), config).double().train()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    regularizer = InterpolatedWeightRegularizer(model)
+    loss_of = lambda model: model(input_ids=tokens, labels=tokens).loss  # noqa: E731
+    expected = {n: torch.zeros_like(p) for n, p in model.named_parameters() if p.requires_grad}
+    for anchor_weight, strength in ((0.0, 1.0), (regularizer.alpha, 0.5)):
+        mixed = copy.deepcopy(base)
+        mixed.load_state_dict(patch(base, merged(model), anchor_weight=anchor_weight))
+        mixed.requires_grad_(True).zero_grad()
+        loss_of(mixed).backward()
+        for name, layer in model.base_model.model.named_modules():
+            if hasattr(layer, "lora_A"):
+                whole = strength * mixed.get_parameter(f"{name}.weight").grad.T * layer.scaling["default"]
+                a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                expected[f"base_model.model.{name}.lora_A.default.weight"] += b.T @ whole
+                expected[f"base_model.model.{name}.lora_B.default.weight"] += whole @ a.T
+    regularizer.backward(loss_of)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient)
