@@ -126,7 +126,7 @@ def check_mixable(first: Mapping[str, Any], *others: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"there are factors of an adapter (such as LoRA) in {_layers(factors, _FACTORS)}: mixed one by one, "
                 "their product is not the mix of the models. Merge first, in PEFT by model.merge_and_unload(); or mix "
-                "the updates, by interpolate.lora.mix_adapters or `python -m interpolate adapters`."
+                "the adapters' updates, by interpolate.lora.mix_adapters."
             )
         if codes:
             raise ValueError(

@@ -1,6 +1,7 @@
 """LoRA as PEFT makes it: the regularizer interpolates the updates of the weights, and adapters are mixed by them."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from interpolate import InterpolatedWeightRegularizer, patch
 from interpolate._unmixable import adapter_factors
+from interpolate.lora import Adapter, mix_adapters
 
 peft = pytest.importorskip("peft")
 F = nn.functional
@@ -194,3 +196,90 @@ def test_the_gradient_is_right_in_a_model_of_transformers_that_multiplies_from_t
     regularizer.backward(loss_of)
     for name, gradient in expected.items():
         torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+
+
+def saved(folder: Path, seed: int, **config) -> tuple[nn.Module, Adapter]:
+    model = adapted(seed, **config)
+    model.save_pretrained(folder)
+    return model, Adapter.load(folder)
+
+
+def loaded(adapter: Adapter, folder: Path) -> nn.Module:
+    """The base with an adapter, as PEFT reads it from a folder."""
+    adapter.save(folder)
+    return peft.PeftModel.from_pretrained(base_of(), folder).double()
+
+
+LINEAR = {
+    "plain": ({"target_modules": ["fc"], "r": 2}, {"target_modules": ["fc"], "r": 2}),
+    "unlike ranks, scales, layers": (
+        {"target_modules": ["fc", "embed"], "r": 2, "rank_pattern": {"fc": 4}, "alpha_pattern": {"embed": 3}},
+        {"target_modules": ["fc"], "r": 3, "lora_alpha": 7, "use_rslora": True},
+    ),
+    "heads": ({"target_modules": ["fc"], "r": 2, "modules_to_save": ["head"]},) * 2,
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own, of a base without a configuration
+@pytest.mark.parametrize("configs", LINEAR.values(), ids=LINEAR)
+def test_a_mean_of_adapters_is_that_of_merged_weights(configs: tuple, tmp_path: Path):
+    models, adapters = zip(*(saved(tmp_path / str(i), i, **c) for i, c in enumerate(configs)), strict=True)
+    mean, errors = mix_adapters(adapters)
+    assert set(errors.values()) == {0}
+    whole = [merged(model).state_dict() for model in models]
+    for name, tensor in merged(loaded(mean, tmp_path / "mean")).state_dict().items():
+        torch.testing.assert_close(tensor, (whole[0][name] + whole[1][name]) / 2)
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_weights_of_any_sum_scale_the_update_and_a_rank_costs_the_error_that_is_told(tmp_path: Path):
+    models, adapters = zip(*(saved(tmp_path / str(i), i, target_modules=["fc"], r=2) for i in (1, 2)), strict=True)
+    base = base_of().fc.weight.detach()
+    update = sum(w * (merged(m).fc.weight.detach() - base) for w, m in zip((0.9, -0.4), models, strict=True))
+    mixed, _ = mix_adapters(adapters, [0.9, -0.4])
+    torch.testing.assert_close(merged(loaded(mixed, tmp_path / "mixed")).fc.weight.detach() - base, update)
+    cut, errors = mix_adapters(adapters, [0.9, -0.4], rank=2)
+    found = merged(loaded(cut, tmp_path / "cut")).fc.weight.detach() - base
+    values = torch.linalg.svdvals(update)
+    nearest = (values[2:].norm() / values.norm()).item()
+    assert errors == {"base_model.model.fc": pytest.approx(nearest)}
+    assert ((found - update).norm() / update.norm()).item() == pytest.approx(nearest)
+    assert cut.config["r"] == 2
+    assert mix_adapters(adapters, rank=9)[1] == {"base_model.model.fc": 0}
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (peft.LoraConfig(target_modules=["fc"], use_dora=True), r"has use_dora: its update is not s B A"),
+        (peft.LoraConfig(target_modules=["fc"], r=2, init_lora_weights="pissa"), r"init_lora_weights='pissa', which"),
+        (peft.LoHaConfig(target_modules=["fc"]), r"an adapter of type LOHA; only LORA can be mixed"),
+        (peft.LoraConfig(target_modules=["conv"]), r"factors that are no matrices"),
+    ],
+    ids=["DoRA", "PiSSA", "LoHa", "convolution"],
+)
+def test_adapters_whose_update_is_not_a_product_on_the_base_are_refused(config, message: str, tmp_path: Path):
+    peft.get_peft_model(Net(), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        Adapter.load(tmp_path)
+
+
+def test_what_can_not_be_mixed_is_said(tmp_path: Path):
+    _, plain = saved(tmp_path / "a", 1, target_modules=["fc"], r=2)
+    _, headed = saved(tmp_path / "b", 1, target_modules=["fc"], r=2, modules_to_save=["head"])
+    for adapters, options, message in (
+        ([], {}, "no adapter was given"),
+        ([plain, plain], {"weights": [1.0]}, r"weights must be 2 finite numbers.*got \[1\.0\]"),
+        ([plain], {"rank": 0}, "rank must be at least 1, got 0"),
+        ([plain, headed], {}, r"the adapters differ in modules_to_save"),
+        (
+            [headed, headed],
+            {"weights": [1, 1]},
+            r"whole weights \(.*head.*\) can be averaged only, the weights' sum is 2",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mix_adapters(adapters, **options)
+    with pytest.raises(FileExistsError, match="exists; give a folder that does not"):
+        plain.save(tmp_path / "a")
