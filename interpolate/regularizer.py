@@ -148,7 +148,8 @@ class InterpolatedWeightRegularizer(AlphaSequence):
 
         Args:
             loss_fn: Computes the loss of this step with the model that it is given first, and no other reference to
-                it. Called twice; once with `strength=0` or `max_alpha=0`, where both terms are at theta.
+                it. Called twice; once with `strength=0`, and with `max_alpha=0`, where both terms are at theta, unless
+                complex parameters are trained, of which the second knows nothing.
             batch: What else `loss_fn` is called with. `passes="split"` needs it: every tensor in it, however nested,
                 is halved along its first dimension.
             index: Which alpha of this step to use, by default that of the rank; where weights are sharded, the same
@@ -164,7 +165,8 @@ class InterpolatedWeightRegularizer(AlphaSequence):
             ValueError: The batch can't be halved.
         """
         self._agree_on_seed()
-        if not self.strength or not self.max_alpha:  # nothing is added, or theta is where the interpolated weights are
+        others = any(p.requires_grad and not p.is_floating_point() for p in self.model.parameters())  # plain pass only
+        if not self.strength or not (self.max_alpha or others):  # nothing is added, or both terms are at theta
             loss = _accumulate(self.model, loss_fn, batch, 1 + self.strength)
             self.interpolated_loss = loss if self.strength else None
         elif self.passes == "random":

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_modules import batch, identical, modules, moved, snapshot
+from random_modules import Phase, batch, identical, modules, moved, snapshot
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
@@ -57,6 +57,15 @@ def test_gradients_are_those_of_an_explicit_copy(model, max_alpha, strength, see
     regularizer.backward(loss_fn)
     torch.testing.assert_close(gradients(model), expected)
     assert all(torch.equal(p, after_plain_step[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_complex_parameters_are_left_to_the_plain_pass_where_both_terms_are_at_theta(strategy):
+    model, loss_fn = nn.Sequential(nn.Linear(3, 3), Phase()).double(), mse(*batch())
+    regularizer = regularizer_away_from_anchor(model, max_alpha=0, strength=1, strategy=strategy)
+    expected = explicit_gradients(regularizer, loss_fn)
+    regularizer.backward(loss_fn)
+    torch.testing.assert_close(gradients(model), expected)
 
 
 @given(modules(), st.integers(0, 100))
