@@ -1,5 +1,8 @@
 """What does a teacher at the averaged weights cost, in time and memory, against one that is a module of its own?
 
+python benchmarks/teacher_step.py               # both models
+python benchmarks/teacher_step.py "wide MLP"
+
 Time: a pass of the teacher over a plain pass of the model without gradient, in seconds of the processor, which other
 processes hardly change. Memory: the peak of a step with the teacher
 in the loss and an update of its average, in copies of the parameters, above that of a plain step; each in a process of
@@ -11,13 +14,15 @@ from __future__ import annotations
 
 import copy
 import gc
+import multiprocessing
+import sys
 import time
 from collections.abc import Callable
 
 import torch
 from iwr_memory import kilobytes
 from iwr_step import MODELS
-from measuring import alone, interleaved, ratios, save
+from measuring import interleaved, ratios, save
 from torch import Tensor, nn
 
 from interpolate import EMAAverager, InterpolatedWeightRegularizer, load_weights
@@ -25,8 +30,8 @@ from interpolate import EMAAverager, InterpolatedWeightRegularizer, load_weights
 F = nn.functional
 RUNS = 5
 DECAY = 0.9998
-SIZES = {"ViT-B/32": (4, 16), "wide MLP": (64, 512)}
-"""Samples in a batch."""
+SIZES = {"ViT-B/32": (4, 16), "wide MLP": (64, 256)}
+"""Samples in the batches whose time is measured."""
 
 Teacher = Callable[[Tensor], Tensor]
 
@@ -96,6 +101,12 @@ def peak_here(model_name: str, kind: str) -> float:
     return (kilobytes("VmHWM") - before) * 1024 / size
 
 
+def alone(model_name: str, kinds: list[str]) -> list[float]:
+    """The peak of each kind in a process of its own, forked from this one before it has made any model."""
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        return pool.starmap(peak_here, [(model_name, kind) for kind in kinds], chunksize=1)
+
+
 def passes(model_name: str, n: int) -> dict[str, Callable[[], object]]:
     torch.manual_seed(0)
     model, x, _ = MODELS[model_name]()
@@ -113,12 +124,13 @@ def passes(model_name: str, n: int) -> dict[str, Callable[[], object]]:
     }
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     torch.set_num_threads(1)
     peaks, times = {}, {}
-    for name in MODELS:
-        plain = alone("teacher_step", "peak_here", name, "plain step")
-        peaks[name] = {kind: round(alone("teacher_step", "peak_here", name, kind) - plain, 2) for kind in CONTENDERS}
+    for name in names or MODELS:
+        plain, *others = alone(name, ["plain step", *CONTENDERS])
+        peaks[name] = {kind: round(peak - plain, 2) for kind, peak in zip(CONTENDERS, others, strict=True)}
+    for name in peaks:
         for n in SIZES[name]:
             times[f"{name}, {n} samples"] = ratios(interleaved(passes(name, n), RUNS, time.process_time), "plain pass")
     found = {"time_over_plain_pass": times, "peak_above_plain_step_in_copies_of_the_parameters": peaks}
@@ -126,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

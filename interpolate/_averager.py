@@ -96,7 +96,6 @@ class WeightAverager(ABC):
         if start_at == "anchor":
             self._take_snapshot()
 
-    @torch.no_grad()
     def update(self) -> None:
         """Count one step of training; on the schedule, take the weights into the average. Call it after the optimizer.
 

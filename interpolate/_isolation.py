@@ -55,8 +55,8 @@ def isolated(model: nn.Module, stand_ins: Mapping[int, Tensor]) -> Iterator[None
         names = {id(p): name for name, p in model.named_parameters()}
         raise RuntimeError(
             f"{len(written)} frozen parameters ({listed(names.get(id(p), str(tuple(p.shape))) for p in written)}) were "
-            "written to while the loss was computed at the interpolated weights, and would be again at theta. Update "
-            "them after the optimizer's step, or make them buffers, of which either pass has its own."
+            "written to in the pass at other weights, and would be again at theta. Update them after the optimizer's "
+            "step, or make them buffers, of which either pass has its own."
         )
 
 

@@ -98,8 +98,8 @@ def without_gradient(model: nn.Module, weights: Weights, buffers: Weights, funct
     with torch.no_grad():
         values = {id(p): like(weights[name], p) for name, p in theta.items()}
         if not any(map(is_sharded, theta.values())):
-            # As parameters do they require gradients, by which torch chooses kernels: other ones take twice as long in
-            # some layers. And as parameters, autocast keeps their casts.
+            # They require gradients as parameters do: torch chooses kernels by it, and others can take twice as long.
+            # Autocast then keeps casts of them, as of parameters.
             leaves = {own: value.detach().requires_grad_() for own, value in values.items()}
             try:
                 return call_at(inner(model), stand_ins | leaves, function)
