@@ -171,10 +171,11 @@ def _soup(options: argparse.Namespace) -> int:
 
 
 def _choose(options: argparse.Namespace) -> int:
+    evaluate = function_of(options.evaluate)
     check_held_out("the function of --evaluate", options.evaluate.rpartition(":")[2])
     choice = choose(
         options.snapshots,
-        function_of(options.evaluate),
+        evaluate,
         data=options.data,
         anchor=options.anchor,
         kernels=options.kernel or KERNELS,
@@ -186,8 +187,8 @@ def _choose(options: argparse.Namespace) -> int:
 
 
 def _repair(options: argparse.Namespace) -> int:
-    check_held_out("the function of --evaluate", options.evaluate.rpartition(":")[2])
     evaluate = function_of(options.evaluate)
+    check_held_out("the function of --evaluate", options.evaluate.rpartition(":")[2])
     how: dict[str, Any] = {"data": options.data, "points": options.points, "theta_only": options.theta_only}
     return _chosen(options, repair(options.anchor, options.theta, evaluate, progress=progress_line(), **how))
 

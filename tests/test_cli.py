@@ -21,7 +21,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "path", list(sys.path))
     save_file({"a.w": torch.zeros(2), "b.w": torch.zeros(1)}, "anchor.safetensors")
     save_file({"a.w": torch.ones(2), "b.w": torch.ones(1)}, "theta.safetensors")
-    Path("judging.py").write_text("def closeness(weights):\n    return -abs(weights['b.w'].item() - 0.25)\n")
+    Path("judging.py").write_text(
+        "def closeness(weights):\n    return -abs(weights['b.w'].item() - 0.25)\n\non_test = closeness\n"
+    )
     return tmp_path
 
 
@@ -228,8 +230,8 @@ def test_verify_tells_by_its_exit_code(capsys: pytest.CaptureFixture[str]):
         (("inspect", "junk.safetensors"), "junk.safetensors"),
         (("repair", *PAIR, "--data", "the test set", "--evaluate", "judging:closeness"), "is that of a test set"),
         (
-            ("repair", *PAIR, "--data", "dev", "--evaluate", "judging:onTest"),
-            "function of --evaluate 'onTest' is that of",
+            ("repair", *PAIR, "--data", "dev", "--evaluate", "judging:on_test"),
+            "function of --evaluate 'on_test' is that of",
         ),
         (("repair", *PAIR, "--data", "dev", "--evaluate", "judging:closeness"), "metrics new, kept, got value"),
         (
