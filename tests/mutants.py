@@ -25,9 +25,11 @@ CHECKPOINTS = "tests/test_checkpoints.py"
 NAMES = "tests/test_names.py"
 ATOMIC = "tests/test_atomic.py"
 FOREIGN = "tests/test_foreign_checkpoints.py"
+CHOOSING = "tests/test_choosing.py"
 FILES = "tests/test_files.py"
 UNMIXABLE = "tests/test_unmixable.py"
 PATH = "tests/test_path.py"
+SNAPSHOTS = "tests/test_snapshots.py"
 CLI = "tests/test_cli.py"
 KERNELS = "tests/test_kernels.py"
 TEACHER = "tests/test_teacher.py"
@@ -184,6 +186,18 @@ MUTANTS = [
     ("_operations.py", "if ratios.keys() >= {*fitting}", "if False", PATCHING),
     ("patching.py", "compiled(recipe, list(weights), len(sources))", "compiled(recipe, list(first), len(sources))", PATCHING),
     ("_arguments.py", '"=" in rest[start + 1] and ', "", CLI),
+    ("choosing.py", "lowest[i] <= 0", "lowest[i] > 0", CHOOSING),
+    ("choosing.py", "all(b >= a for a, b", "any(b >= a for a, b", CHOOSING),
+    ("choosing.py", "if data == self.data:", "if False:", CHOOSING),
+    ("searching.py", "share * (1 - ratio)", "share", CHOOSING),
+    ("searching.py", "_LARGEST = 4", "_LARGEST = 0", CHOOSING),
+    ("snapshots.py", "if step % self.every:", "if False:", SNAPSHOTS),
+    ("snapshots.py", "return DISTRIBUTED_INDEX in names", "return True", SNAPSHOTS),
+    ("snapshots.py", "**source.weights, **source.buffers}", "}", SNAPSHOTS),
+    ("synthesis.py", "weights[::-1], {\"kernel\"", "weights, {\"kernel\"", SNAPSHOTS),
+    ("synthesis.py", "if distance > _TOO_FAR", "if False", SNAPSHOTS),
+    ("_distributed.py", "if start is None:", "if False:", FOREIGN),
+    ("_operations.py", "alpha=share", "alpha=1", FILES),
     ("__main__.py", "        return 130", "        raise", CLI),
     ("__main__.py", "return int(report.differs)", "return 0", CLI),
     ("__main__.py", "raise error.own from None", "raise", CLI),

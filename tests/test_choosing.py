@@ -36,7 +36,7 @@ def test_every_kernel_and_anchor_weight_is_judged_at_its_own_weights_and_the_bes
 
     def evaluate(weights: dict[str, torch.Tensor]) -> float:
         seen.append(weights)
-        return -abs(len(seen) - 4.0)
+        return -abs(len(seen) - 5.0)
 
     kernels, ratios = ("uniform", "power:0.1"), (0.0, 0.5, 1.0)
     choice = choose("run", evaluate, data="dev", anchor=anchor, kernels=kernels, anchor_weights=ratios)
@@ -46,9 +46,9 @@ def test_every_kernel_and_anchor_weight_is_judged_at_its_own_weights_and_the_bes
         mean = mix(paths[::-1], {"operation": "average", "weights": shares[::-1]})
         torch.testing.assert_close(weights, patch(anchor, mean, anchor_weight=ratio), rtol=1e-6, atol=1e-6)
         assert weights["n"].item() == 5  # the latest snapshot's
-    assert choice.best == 3
+    assert choice.best == 4
     choice.write("out.safetensors")
-    torch.testing.assert_close(load_file("out.safetensors"), seen[3], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(load_file("out.safetensors"), seen[4], rtol=1e-6, atol=1e-6)
     assert verify("out.safetensors") == []
 
 
