@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,10 +33,12 @@ from applications.openvclip.runs.folder import RunFolder, new_path
 from applications.openvclip.runs.journal import Journal
 from applications.openvclip.runs.weights import fingerprint
 from applications.openvclip.training.checkpoints import Checkpoints
+from applications.openvclip.training.evaluating import Accuracies, Evaluating
 from applications.openvclip.training.l2_penalty import L2Penalty
 from applications.openvclip.training.monitor import Monitor
 from applications.openvclip.training.optimisation import LearningRate, adamw
 from applications.openvclip.training.parallel import parallelised
+from applications.openvclip.training.profile import Profile
 from applications.openvclip.training.step import Step
 from applications.openvclip.training.trainer import Saving, Trainer
 from applications.openvclip.training.watch import Watch
@@ -43,7 +47,7 @@ from applications.openvclip.zeroshot.evaluation import Evaluation, embedded
 from applications.openvclip.zeroshot.one_pass import Reading
 from applications.openvclip.zeroshot.protocols import Protocol, Sources, named
 from interpolate import InterpolatedWeightRegularizer, LAWAAverager, SWAAverager
-from interpolate.weights import trainable_weights
+from interpolate.weights import Weights, trainable_weights
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ def run(config: Config) -> Run:
         apart(source) if m.parallel == "fsdp2" else source, config, protocols(config, training_set.classes)
     )
     step = training_step(source, config, order, precision, training_set.classes)
+    in_training = evaluated_in_training(evaluated.protocols, config.evaluation)
     folder = RunFolder(config.output or distributed.on_first(lambda: new_path(config.recipe)))
     journal = Journal(folder.journal)
     clips = TrainingClips(training_set, config.sampling, source.image_size, config.augmentation, config.seed, cache(d))
@@ -107,6 +112,16 @@ def run(config: Config) -> Run:
         if distributed.rank() == 0
         else None,
         identity={name: identity[name] for name in ("videos", "pretrained weights")},
+        evaluating=evaluating(
+            replace(evaluated, protocols=in_training, passes=embedded(in_training, evaluated.clip, source.tokenizer)),
+            pretrained_weights,
+            config.evaluation,
+            order.steps_per_epoch,
+            folder.logits / "in-training",
+        )
+        if in_training
+        else None,
+        profile=Profile(folder.trace) if m.profile and distributed.rank() == 0 else None,
     )
 
     def batches_from(first_step: int) -> Iterator[MicroBatch]:
@@ -245,6 +260,48 @@ def evaluation(source: PretrainedCLIP, config: Config, protocols: Sequence[Proto
             cache=cache(d),
         ),
     )
+
+
+def evaluated_in_training(protocols: Sequence[Protocol], e: EvaluationConfig) -> list[Protocol]:
+    """The closed set and the one that is held out, of what the run is evaluated on; none if only the end is."""
+    if not e.every_epochs:
+        return []
+    held_out = [p for p in protocols if p.name == e.held_out]
+    closed = [p for p in protocols if p.closed and p.name != e.held_out][:1]
+    names = ", ".join(p.name for p in protocols)
+    if e.held_out is not None and not held_out:
+        raise ValueError(
+            f"--evaluation.held-out: there is no set or protocol {e.held_out}; --data.test and --evaluation.protocols "
+            f"have {names or 'none'}."
+        )
+    for name, found in (("held-out", held_out), ("closed", closed)):
+        if e.best_by == name and not found:
+            raise ValueError(f"--evaluation.best-by {name}: there is no such set among {names or 'none'}.")
+    if not closed + held_out:
+        raise ValueError(
+            "--evaluation.every-epochs: there is nothing to evaluate on: no set has the classes of training, and "
+            f"--evaluation.held-out names none of {names or 'none'}."
+        )
+    return closed + held_out
+
+
+def evaluating(
+    evaluation: Evaluation, anchor: Weights, e: EvaluationConfig, steps_per_epoch: int, folder: Path
+) -> Evaluating:
+    """Evaluation while training goes on; its logits are kept only until it has ended."""
+
+    def accuracies(theta: dict[str, Tensor], advance: Callable[[], object]) -> Accuracies:
+        found = evaluation(anchor, theta, folder, advance=advance)
+
+        def conclude() -> Accuracies:
+            shutil.rmtree(folder)
+            return {result.protocol: {name: result.mean_std(name)[0] for name in result.accuracy} for result in found}
+
+        return distributed.on_first(conclude)
+
+    kinds = {"closed": evaluation.protocols[:1], "held-out": evaluation.protocols[-1:], "mean": evaluation.protocols}
+    best_by = tuple(protocol.name for protocol in kinds[e.best_by])
+    return Evaluating(e.every_epochs * steps_per_epoch, accuracies, e.anchor_weight, best_by)
 
 
 def clip(model: ModelConfig) -> PretrainedCLIP:

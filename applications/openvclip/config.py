@@ -123,6 +123,8 @@ class MachineConfig:
     """Seconds that a step, after the first, may take before the processes that do not answer are named and all end."""
     tensorboard: bool = False
     """Write TensorBoard's events too, into the run's folder."""
+    profile: bool = False
+    """Write a trace of a few steps of the first process, for chrome://tracing, into the run's folder."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,14 @@ class EvaluationConfig:
     """In which numbers scores are computed: float32, TF32 on a GPU, or autocast to bfloat16 or float16."""
     compile: bool = False
     """Whether to compile the model first, which takes minutes and pays where there are many videos."""
+    every_epochs: int = 0
+    """Also evaluate the average so far, after every so many epochs of training, on the closed set and on `held_out`; 0:
+    at the end only. The checkpoint of the best is kept."""
+    held_out: str | None = None
+    """Name of the other set or protocol to evaluate on while training; better none that is reported on."""
+    best_by: Literal["closed", "held-out", "mean"] = "mean"
+    """The best is that of the highest accuracy, at the anchor weight of the final model, on the one or the other, or in
+    the mean of them."""
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,8 @@ def accuracies(step: int) -> dict[str, Any]:
 def train(folder: Path, first: int = 1, last: int = STEPS, tensorboard: bool = False, torn: str = "") -> None:
     """A process that takes some of the steps."""
     journal = Journal(folder / "journal.jsonl")
-    journal.write("start")
     journal.cut(first - 1)
-    if first > 1:
-        journal.write("resume", step=first - 1)
+    journal.write("start", step=first - 1)
     with Monitor(journal, RunFolder(folder), STEPS, 4, tensorboard) as seen:
         for step in range(first, last + 1):
             if step == 3:
@@ -61,7 +59,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 @pytest.mark.usefixtures("nothing_drawn")
 def test_the_journal_of_a_run_killed_often_is_that_of_one_never_stopped(tmp_path: Path) -> None:
     def learnt(folder: Path) -> list[dict[str, Any]]:
-        events = [e for e in read_journal(folder / "journal.jsonl") if e["event"] not in ("start", "resume")]
+        events = [e for e in read_journal(folder / "journal.jsonl") if e["event"] != "start"]
         return [{name: value for name, value in e.items() if name not in ("time", "machine")} for e in events]
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -72,8 +70,8 @@ def test_the_journal_of_a_run_killed_often_is_that_of_one_never_stopped(tmp_path
         train(killed, first, last, torn='{"event": "st')
     assert learnt(killed) == learnt(whole)
     assert [e["event"] for e in learnt(whole)].count("step") == STEPS
-    processes = [e["event"] for e in read_journal(killed / "journal.jsonl") if e["event"] in ("start", "resume")]
-    assert (processes.count("start"), processes.count("resume")) == (7, 5)
+    starts = [e["step"] for e in read_journal(killed / "journal.jsonl") if e["event"] == "start"]
+    assert starts == [0, 0, 2, 2, 6, 4, 5]
 
 
 def test_a_journal_that_has_nothing_to_cut_is_not_written_again(tmp_path: Path) -> None:
@@ -214,6 +212,6 @@ def test_a_resume_is_marked_where_the_steps_of_another_process_begin() -> None:
     def step(n: int) -> dict[str, Any]:
         return {"event": "step", "step": n}
 
-    resume = {"event": "resume", "step": 9}  # to a checkpoint that was given up for one further back
-    events = [resume, step(1), step(2), resume, {"event": "start"}, resume, step(3), resume, step(4)]
+    start = {"event": "start", "step": 9}  # from a checkpoint that was given up for one further back
+    events = [start, step(1), step(2), start, start, step(3), start, step(4)]
     assert list(curves._resumed(events)) == [2, 2, 3]

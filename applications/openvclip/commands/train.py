@@ -90,8 +90,6 @@ def train(run: Run, config: Config, *, finish: bool = False) -> str | None:
 
     from applications.openvclip import distributed
     from applications.openvclip.commands.conclusion import conclude
-    from applications.openvclip.runs.journal import read_journal
-    from applications.openvclip.runs.provenance import provenance
     from applications.openvclip.training.interruption import Interruption
 
     trainer, folder = run.trainer, run.folder
@@ -99,11 +97,8 @@ def train(run: Run, config: Config, *, finish: bool = False) -> str | None:
     changed = distributed.on_first(lambda: opened(run, config, finish=finish))
     console.print(f"run: {folder.path}", soft_wrap=True)
     trainer.resume()
-    if distributed.rank() == 0:
-        run.journal.cut(trainer.step.taken)
-        run.journal.write("start", **provenance(), step=trainer.step.taken, config=run.settings, changed=changed)
-        trainer.reported |= {(e["event"], e["video"]) for e in read_journal(run.journal.path) if "video" in e}
-    with trainer.monitor or nullcontext():
+    trainer.evaluated |= distributed.on_first(lambda: begun(run, changed))
+    with trainer.monitor or nullcontext(), trainer.profile or nullcontext():
         if not finish:
             with Interruption() as interruption:
                 stopped = trainer.fit(run.micro_batches(trainer.step.taken), interruption)
@@ -111,6 +106,23 @@ def train(run: Run, config: Config, *, finish: bool = False) -> str | None:
                 return stopped
     conclude(run)
     return None
+
+
+def begun(run: Run, changed: list[str]) -> set[int]:
+    """Have the journal begin where the run does: at its start, or at the step that it goes on from.
+
+    Returns:
+        The steps after which there has been an evaluation.
+    """
+    from applications.openvclip.runs.journal import read_journal
+    from applications.openvclip.runs.provenance import provenance
+
+    taken = run.trainer.step.taken
+    run.journal.cut(taken)
+    run.journal.write("start", **provenance(), step=taken, config=run.settings, changed=changed)
+    events = read_journal(run.journal.path)
+    run.trainer.reported |= {(event["event"], event["video"]) for event in events if "video" in event}
+    return {event["step"] for event in events if event["event"] == "evaluation"}
 
 
 def opened(run: Run, config: Config, *, finish: bool) -> list[str]:

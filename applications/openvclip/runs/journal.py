@@ -11,8 +11,6 @@ from typing import Any
 
 from applications.openvclip.runs.texts import json_object, write_text
 
-_OF_A_PROCESS = ("start", "resume")
-
 
 @dataclass(frozen=True)
 class Journal:
@@ -45,9 +43,9 @@ class Journal:
         """Take out what happened after a step: a run goes on from its checkpoint of that step, and it happens again.
 
         The journal of a run that was killed and resumed, however often, is then line by line that of a run never
-        stopped, but for the lines `start` and `resume`, which tell of processes and all stay, for those of checkpoints
-        where these are made by the clock, and for the values `time` and `machine`. It takes that a step is written
-        before the checkpoint that holds it, and that what is told once a run is not told again after a `resume`.
+        stopped, but for the lines `start`, which tell of processes and all stay, for those of checkpoints where these
+        are made by the clock, and for the values `time` and `machine`. It takes that a step is written before the
+        checkpoint that holds it, and that what is told once a run is not told again by the next process.
 
         The new journal takes the place of the old one in one step, or not at all.
         """
@@ -57,7 +55,7 @@ class Journal:
         kept = [
             line
             for line, event in zip(lines, _events(lines, self.path), strict=True)
-            if event.get("event") in _OF_A_PROCESS or event.get("step", 0) <= step
+            if event.get("event") == "start" or event.get("step", 0) <= step
         ]
         if len(kept) < len(lines):
             write_text(self.path, "".join(kept))

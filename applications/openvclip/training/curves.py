@@ -85,7 +85,7 @@ def _resumed(events: list[dict[str, Any]]) -> Iterator[int]:
     for event in events:
         if event["event"] == "step":
             step = event["step"]
-        elif event["event"] == "resume" and step:
+        elif event["event"] == "start" and step:
             yield step
 
 
@@ -99,21 +99,18 @@ def _curve(axes: Axes, points: list[tuple[int, float]], colour: str, label: str)
 
 
 def _accuracies(axes: Axes, evaluations: list[dict[str, Any]]) -> None:
-    """A colour for each set, a line for each anchor weight: the chosen one strong, the others faint."""
+    """A colour for each set, a line for each anchor weight: the chosen one strong, others faint, CLIP* dashed."""
     for i, name in enumerate(dict.fromkeys(name for event in evaluations for name in event["accuracy"])):
         found = [(event, event["accuracy"][name]) for event in evaluations if name in event["accuracy"]]
+        chosen = f"{found[-1][0]['anchor_weight']:g}"
         for weight in dict.fromkeys(weight for _, accuracy in found for weight in accuracy):
-            chosen = weight == f"{found[-1][0]['anchor_weight']:g}"
             points = [(event["step"], 100 * accuracy[weight]) for event, accuracy in found if weight in accuracy]
-            axes.plot(
-                *zip(*points, strict=True),
-                "o-" if chosen else "-",
-                color=f"C{i}",
-                alpha=1.0 if chosen else 0.3,
-                linewidth=1.6 if chosen else 0.8,
-                markersize=3,
-                label=f"{name}, anchor weight {weight}" if chosen else None,
-            )
+            x, y = zip(*points, strict=True)
+            if weight == chosen:
+                label = f"{name}, anchor weight {weight}"
+                axes.plot(x, y, "o-", color=f"C{i}", linewidth=1.6, markersize=3, label=label)
+            else:
+                axes.plot(x, y, "-" if weight[0].isdigit() else "--", color=f"C{i}", linewidth=0.8, alpha=0.35)
 
 
 if __name__ == "__main__":

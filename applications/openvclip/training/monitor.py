@@ -63,6 +63,7 @@ class Monitor:
         self._writer: Any = None
         self._progress = progress_bar(unit="clips")
         self._task = self._progress.add_task("fine-tuning", total=total_steps * clips_per_step)
+        self._shown: dict[str, float] = {}
         self._times: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
         self._drawing: subprocess.Popen[bytes] | None = None
         self._drawn_steps = self._steps = 0
@@ -88,7 +89,8 @@ class Monitor:
         if memory := peak_memory_gb():
             machine["memory_gb"] = memory
         self._steps += 1
-        self._progress.update(self._task, completed=step * self._clips_per_step, details=self._details(values, memory))
+        self._shown |= values  # what is measured now and then is shown until it is measured again
+        self._progress.update(self._task, completed=step * self._clips_per_step, details=self._details(memory))
         self._record("step", step, values | {"machine": machine})
         if self.journal and now > self._next_drawing:
             self._finish_drawing(wait=False)
@@ -126,12 +128,13 @@ class Monitor:
             self._draw()
             self._finish_drawing(wait=True)
 
-    def _details(self, values: dict[str, float], memory: float | None) -> str:
-        """The values of a step that one wants to see pass by, in a line."""
-        losses = [f"{values[name]:.3f}" for name in ("loss", "interpolated_loss") if name in values]
+    def _details(self, memory: float | None) -> str:
+        """The values that one wants to see pass by, in a line."""
+        shown = self._shown
+        losses = [f"{shown[name]:.3f}" for name in ("loss", "interpolated_loss") if name in shown]
         texts = [f"loss {' and '.join(losses)}"] if losses else []
-        texts += [f"{values[name]:.3g} from the anchor" for name in ("distance",) if name in values]
-        texts += [f"learning rate {values[name]:.2g}" for name in ("learning_rate",) if name in values]
+        texts += [f"{shown[name]:.3g} from the anchor" for name in ("distance",) if name in shown]
+        texts += [f"learning rate {shown[name]:.2g}" for name in ("learning_rate",) if name in shown]
         duration, waited = (sum(parts) for parts in zip(*self._times, strict=True))
         texts += [f"{min(1.0, waited / duration):.0%} waiting for data"]
         return ", ".join([*texts, *([f"{memory:.1f} GB at most"] if memory else [])])

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from applications.openvclip import distributed
 from applications.openvclip.data.loader import MicroBatch
 from applications.openvclip.training.checkpoints import Checkpoints
+from applications.openvclip.training.evaluating import Evaluating
 from applications.openvclip.training.interruption import Interruption
 from applications.openvclip.training.monitor import Monitor
 from applications.openvclip.training.parallel import distance
+from applications.openvclip.training.profile import Profile
 from applications.openvclip.training.step import Step
 from applications.openvclip.training.watch import Watch
 from interpolate.weights import trainable_weights
@@ -41,10 +44,15 @@ class Trainer:
     """Keeps the journal and shows progress, on the first process only."""
     identity: dict[str, str]
     """What must be the same when training goes on, as hashes by name."""
+    evaluating: Evaluating | None = None
+    profile: Profile | None = None
+    """Of this process; it is told of every step."""
     faults: list[tuple[str, str, str]] = field(default_factory=list)
     """What this process has met in videos since the last step: "unreadable" or "cut-off", which video, and why."""
     reported: set[tuple[str, str]] = field(default_factory=set)
     """Of what all processes have met, the faults and videos that are in the journal."""
+    evaluated: set[int] = field(default_factory=set)
+    """After which steps there has been an evaluation."""
     saved_at: float = 0.0
     """When the last checkpoint was begun, by the monotonic clock."""
 
@@ -66,6 +74,8 @@ class Trainer:
         step.model.train()
         self.saved_at, stopped = time.monotonic(), 0.0
         with self.watch:
+            if self._evaluation_is_due():  # before which a former process was stopped
+                self._evaluate(interruption)
             while step.taken < last and not stopped:
                 self.watch.step(step.taken + 1)
                 try:
@@ -81,8 +91,12 @@ class Trainer:
                     self._report_faults()
                 if self.monitor:
                     self.monitor.step(step.taken, values, values.pop("waited_s"))
-                if due or stopped or step.taken == last:
+                if self.profile:
+                    self.profile.step()
+                if due or stopped or step.taken == last or self._evaluation_is_due():
                     self.save()
+                if self._evaluation_is_due() and not stopped:
+                    self._evaluate(interruption)
             self.checkpoints.wait()
         return None if not stopped else interruption.signal or "a signal to another process"
 
@@ -91,6 +105,32 @@ class Trainer:
         every = self.saving.every_steps
         late = distributed.rank() == 0 and time.monotonic() - self.saved_at > 60 * self.saving.every_minutes
         return late or (every is not None and (self.step.taken + 1) % every == 0)
+
+    def _evaluation_is_due(self) -> bool:
+        due = self.evaluating is not None and self.evaluating.is_due(self.step.taken)
+        return due and self.step.taken not in self.evaluated
+
+    def _evaluate(self, interruption: Interruption) -> None:
+        """Evaluate what has just been saved; a signal ends it, and it begins again when training goes on."""
+        assert self.evaluating is not None
+        self.checkpoints.wait()
+
+        def advance() -> None:
+            self.watch.step(self.step.taken)  # it may take longer than a step, if only it gets on
+            if interruption.signal:
+                raise KeyboardInterrupt(interruption.signal)
+
+        with self.monitor.paused() if self.monitor else nullcontext():
+            try:
+                value, found = self.evaluating(self.step, advance)
+            except RuntimeError as error:
+                if interruption.signal:  # another process was the first to end
+                    raise KeyboardInterrupt(interruption.signal) from error
+                raise
+        self.checkpoints.keep_best(self.step.taken, value)
+        if self.monitor:
+            self.monitor.event("evaluation", step=self.step.taken, **found)
+        self.evaluated.add(self.step.taken)
 
     def save(self) -> None:
         """Begin to write a checkpoint of the state as it is."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,7 +53,13 @@ class Evaluation:
             )
 
     def __call__(
-        self, anchor: Weights, theta: Weights | None, folder: Path, *, last: Weights | None = None
+        self,
+        anchor: Weights,
+        theta: Weights | None,
+        folder: Path,
+        *,
+        last: Weights | None = None,
+        advance: Callable[[], object] = lambda: None,
     ) -> list[ProtocolResult]:
         """The accuracies of CLIP* and, where there are fine-tuned weights, at every anchor weight.
 
@@ -64,6 +70,7 @@ class Evaluation:
             theta: The fine-tuned weights, under the same names.
             folder: Where logits are kept; an evaluation that was interrupted goes on with them.
             last: The weights that training ended with, where `theta` is their average: a path of their own.
+            advance: Called as it gets on; an exception from it ends the evaluation.
         """
         scorers = scorers_of(self.clip, self.edge, anchor, theta, self.anchor_weights, last, compiled=self.compile)
         results: dict[str, ProtocolResult] = {}
@@ -82,7 +89,7 @@ class Evaluation:
                     folder,
                     precision=self.precision,
                     weights=f"{fingerprint(weights)}, edge {self.edge}",
-                    advance=lambda n: progress.advance(task, n),
+                    advance=lambda n: (progress.advance(task, n), advance()),
                 )
                 if distributed.rank() == 0:
                     results |= {result.protocol: result for result in results_of(group, one, files, self.temperatures)}
