@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from applications.openvclip.miniature import tasks, tiny_clip
+from applications.openvclip.miniature import tiny_clip
 from applications.openvclip.model.pretrained import PretrainedCLIP
-from tests.openvclip.files import write_manifest
+from tests.openvclip.files import write_small_world
 
 torch.set_num_threads(1)  # the models of these tests are so small that more threads only wait for each other
 
@@ -21,18 +21,7 @@ def source() -> PretrainedCLIP:
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Manifests of a few classes of the miniature: 4 classes to train on, and two sets to test on."""
-    root = tmp_path_factory.mktemp("small_world")
-    sets = tasks.draw_sets(seed=0, train_videos_per_class=4)
-    manifests = {}
-    for name, classes in (("train", 4), ("closed", 4), ("zs_object", 6)):
-        labels = list(dict.fromkeys(recipe.label for recipe in sets[name]))[:classes]
-        recipes = [recipe for recipe in sets[name] if recipe.label in labels]
-        for recipe in recipes:
-            path = root / name / recipe.file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tasks.write_video(path, tasks.render(recipe))
-        manifests[name] = write_manifest(root / name / "manifest.csv", [(r.file, r.label) for r in recipes])
-    return manifests
+    return write_small_world(tmp_path_factory.mktemp("small_world"))
 
 
 def kept_outside(name: str, variable: str) -> Path:

@@ -6,6 +6,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from applications.openvclip.miniature import tasks
+
 
 def write_video(
     path: Path,
@@ -61,3 +63,18 @@ def cut_off(path: Path) -> Path:
     write_video(path, ramp(60, 240, 320), "mpeg4", g="10")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     return path
+
+
+def write_small_world(root: Path) -> dict[str, Path]:
+    """Manifests of a few classes of the miniature: 4 classes to train on, and two sets to test on."""
+    sets = tasks.draw_sets(seed=0, train_videos_per_class=4)
+    manifests = {}
+    for name, classes in (("train", 4), ("closed", 4), ("zs_object", 6)):
+        labels = list(dict.fromkeys(recipe.label for recipe in sets[name]))[:classes]
+        recipes = [recipe for recipe in sets[name] if recipe.label in labels]
+        for recipe in recipes:
+            path = root / name / recipe.file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tasks.write_video(path, tasks.render(recipe))
+        manifests[name] = write_manifest(root / name / "manifest.csv", [(r.file, r.label) for r in recipes])
+    return manifests
