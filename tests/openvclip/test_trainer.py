@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from applications.openvclip.training.watch import Watch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -22,6 +21,7 @@ from applications.openvclip.training.interruption import Interruption
 from applications.openvclip.training.monitor import Monitor
 from applications.openvclip.training.optimisation import LearningRate, adamw
 from applications.openvclip.training.trainer import Saving, Trainer
+from applications.openvclip.training.watch import Watch
 from tests.openvclip.steps import Plan, small_batches, small_step
 
 STEPS = 8
