@@ -3,13 +3,17 @@
 Bytes saved for backward are told by `torch.autograd.graph.saved_tensors_hooks`: storages, each once, parameters left
 out. The peak of a step is counted from what its operations allocate (`applications.openvclip.training.memory`), with
 the gradients of the micro-batch before, AdamW's moments, anchor, interpolated weights, average, and DDP's buckets.
-Both are counted on tensors without memory. Then real steps are taken in processes of their own, and the peak of
+Both are counted on tensors without memory, with two and with three blocks, which are all alike, and continued to as
+many as the model has. Then real steps are taken in processes of their own, and the peak of
 resident memory stands beside what was counted.
 """
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from dataclasses import astuple
+from typing import Any, TypeVar
 
 import open_clip
 import torch
@@ -22,7 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from applications.openvclip.model.precision import Name, Precision
 from applications.openvclip.model.video_encoder import VideoEncoder
-from applications.openvclip.training.memory import Memory, memory_of, peak_of_step
+from applications.openvclip.training.memory import Memory, memory_of, of_the_same_shapes, peak_of_step
 from interpolate import InterpolatedWeightRegularizer, SWAAverager
 
 F = torch.nn.functional
@@ -32,21 +36,33 @@ PRECISIONS: tuple[Name, ...] = ("fp32", "bf16")
 CARDS = (24, 40, 80)
 ROOM = 0.9
 """The share of a card that is counted on: CUDA's own needs and fragments of freed memory take the rest."""
-REAL = (("ViT-B-32-quickgelu", 2), ("ViT-B-16-quickgelu", 1))
+REAL = ("ViT-B-32-quickgelu", 2)
+T = TypeVar("T")
 
 
 def build(name: str) -> CLIP:
     return CLIP(**(open_clip.get_model_config(name) or {}))
 
 
-def shapes(name: str) -> CLIP:
+def shapes(name: str, layers: int) -> CLIP:
+    config = open_clip.get_model_config(name) or {}
     with FakeTensorMode():
-        return build(name)
+        return CLIP(**{**config, "vision_cfg": {**config["vision_cfg"], "layers": layers}})
 
 
-def saved_bytes(name: str, clips: int, precision: Name, activation_checkpointing: bool) -> int:
+def continued(name: str, count: Callable[[CLIP], T]) -> tuple[T, T, int]:
+    """What is counted with two blocks, with three, and how many follow on the third."""
+    layers = (open_clip.get_model_config(name) or {})["vision_cfg"]["layers"]
+    return count(shapes(name, 2)), count(shapes(name, 3)), layers - 3
+
+
+def line(two: float, three: float, more: int) -> float:
+    return three + more * (three - two)
+
+
+def saved_bytes(whole: CLIP, clips: int, precision: Name, activation_checkpointing: bool) -> int:
     with FakeTensorMode():
-        whole = build(name)
+        whole = of_the_same_shapes(whole)
         encoder = VideoEncoder(whole, activation_checkpointing=activation_checkpointing).train()
         own = {p.untyped_storage()._cdata for p in encoder.parameters()}
         saved: dict[int, int] = {}
@@ -93,26 +109,36 @@ def gigabytes(size: float) -> float:
 
 
 def described(name: str, precision: Name, activation_checkpointing: bool) -> dict[str, object]:
-    counted: Memory = memory_of(
-        shapes(name),
-        frames=FRAMES,
-        precision=precision,
-        activation_checkpointing=activation_checkpointing,
-        replicated=True,
+    two, three, more = continued(
+        name,
+        lambda clip: memory_of(
+            clip,
+            frames=FRAMES,
+            precision=precision,
+            activation_checkpointing=activation_checkpointing,
+            replicated=True,
+        ),
     )
-    return {
-        "saved_for_backward_gb": {
-            clips: gigabytes(saved_bytes(name, clips, precision, activation_checkpointing)) for clips in (1, 2, 4)
-        },
+    counted = Memory(*(round(line(a, b, more)) for a, b in zip(astuple(two), astuple(three), strict=True)))
+    saved = {
+        clips: line(*continued(name, lambda clip, n=clips: saved_bytes(clip, n, precision, activation_checkpointing)))
+        for clips in (1, 2, 4)
+    }
+    found = {
+        "saved_for_backward_gb": {clips: gigabytes(size) for clips, size in saved.items()},
         "peak_gb": {clips: gigabytes(counted.at(clips)) for clips in (1, 2, 4, 8)},
-        "fixed_gb": gigabytes(counted.at(0)),
+        "divided_by_fsdp2_gb": gigabytes(counted.sharded),
+        "fixed_gb": gigabytes(counted.fixed),
         "per_clip_gb": gigabytes(counted.per_clip),
         "most_clips_at_once": {f"{card} GB": counted.clips_within(ROOM * card * 1e9) for card in CARDS},
     }
+    print(name, precision, activation_checkpointing, found, flush=True)
+    return found
 
 
 def main() -> None:
-    results = {
+    record: dict[str, Any] = {"frames": FRAMES, "room_on_a_card": ROOM}
+    record["models"] = {
         name: {
             f"{precision}{', activation checkpointing' if checkpointing else ''}": described(
                 name, precision, checkpointing
@@ -122,14 +148,16 @@ def main() -> None:
         }
         for name in MODELS
     }
-    real = {
-        f"{name}, {clips} at once": {
-            "counted_gb": gigabytes(peak_of_step(shapes(name), clips, frames=FRAMES)),
-            "resident_gb": gigabytes(alone("training_memory", "resident", name, str(clips))),
-        }
-        for name, clips in REAL
+    save("training_memory", record)
+    name, clips = REAL
+    two, three, more = continued(name, lambda clip: peak_of_step(clip, clips, frames=FRAMES))
+    record["real_steps_in_fp32"] = {
+        "model": name,
+        "clips_at_once": clips,
+        "counted_gb": gigabytes(line(two, three, more)),
+        "resident_gb": gigabytes(alone("training_memory", "resident", name, str(clips))),
     }
-    save("training_memory", {"frames": FRAMES, "room_on_a_card": ROOM, "models": results, "real_steps_in_fp32": real})
+    save("training_memory", record)
 
 
 if __name__ == "__main__":

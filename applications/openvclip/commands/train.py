@@ -5,6 +5,7 @@ $ openvclip train miniature --optimization.epochs 5
 $ openvclip train --resume runs/miniature-…          # what was stopped goes on, with its own settings
 $ openvclip train --resume runs/miniature-… --finish # or ends where it is: averaged, patched and evaluated
 $ torchrun --nproc-per-node 8 -m applications.openvclip.train vit_b_16 …
+$ openvclip train vit_b_16 … --dry-run               # a few steps: memory, speed, hours, and what would be faster
 $ openvclip train --help                             # recipes; and miniature --help: every field
 """
 
@@ -33,11 +34,13 @@ def parse(arguments: Sequence[str]) -> tuple[Config, argparse.Namespace]:
     """A recipe by name (by default miniature), or the settings of a run to resume; fields overridden by options.
 
     Returns:
-        The configuration, and what is no part of it: `resume`, the run's folder or None, and whether to `finish`.
+        The configuration, and what is no part of it: `resume`, the run's folder or None, whether to `finish`, and
+        whether it is a `dry_run`.
     """
     parser = argparse.ArgumentParser(prog="openvclip train", add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--finish", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
     options, arguments = parser.parse_known_args(arguments)
     if options.resume is not None:
         settings = from_dict(RunFolder(options.resume).read_settings())
@@ -55,6 +58,7 @@ def parse(arguments: Sequence[str]) -> tuple[Config, argparse.Namespace]:
 def main(arguments: Sequence[str] | None = None) -> None:
     config, options = parse(sys.argv[1:] if arguments is None else arguments)
     from applications.openvclip import build, distributed  # torch and the like take seconds; --help must not wait
+    from applications.openvclip.commands.dry_run import dry_run
     from applications.openvclip.commands.report import alone_in
 
     for number in (signal.SIGTERM, signal.SIGUSR1):  # what is not a step of training is interrupted as by Ctrl-C
@@ -62,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     distributed.initialise()
     run, stopped = None, None
     try:
+        if options.dry_run:
+            return dry_run(config)
         run = build.run(config)
         with alone_in(run.folder):
             stopped = train(run, config, finish=options.finish)

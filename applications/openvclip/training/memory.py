@@ -74,7 +74,7 @@ def peak_of_step(
         replicated: Whether DDP keeps its buckets, a second copy of the gradients.
     """
     with FakeTensorMode(), Allocations() as allocations:
-        whole = _of_the_same_shapes(clip)
+        whole = of_the_same_shapes(clip)
         device = whole.logit_scale.device
         model = VideoEncoder(whole, activation_checkpointing=activation_checkpointing).train()
         regularizer, averager = InterpolatedWeightRegularizer(model), SWAAverager(model)
@@ -97,7 +97,7 @@ def peak_of_step(
     return allocations.peak
 
 
-def _of_the_same_shapes(clip: CLIP) -> CLIP:
+def of_the_same_shapes(clip: CLIP) -> CLIP:
     """A copy whose tensors are made anew, without values where the mode of the moment makes such."""
     tensors = {
         id(t): torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in [*clip.parameters(), *clip.buffers()]
