@@ -34,7 +34,7 @@ def parallelised(model: M, how: Parallel, shard: Callable[[M, DeviceMesh], nn.Mo
     if not dist.is_initialized():
         return model
     if how == "ddp":
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return DistributedDataParallel(model)
     return shard(model, init_device_mesh(distributed.device().type, (dist.get_world_size(),)))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from open_clip.model import CLIP
+from rich.console import Console
 from torch import Tensor
 
 from applications.openvclip import distributed
@@ -74,7 +75,7 @@ class Evaluation:
         """
         scorers = scorers_of(self.clip, self.edge, anchor, theta, self.anchor_weights, last, compiled=self.compile)
         results: dict[str, ProtocolResult] = {}
-        with progress_bar() as progress:
+        with progress_bar(Console(quiet=distributed.rank() > 0)) as progress:
             task = progress.add_task("evaluating", total=sum(len(one.videos) for one in self.passes))
             for one, (group, embeddings) in self.passes.items():
                 progress.update(task, description=f"evaluating, {', '.join(p.name for p in group)}")
