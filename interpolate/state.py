@@ -50,8 +50,16 @@ def save_state(folder: str, state: Mapping[str, Any], process_group: dist.Proces
     on_first(finish, process_group)
 
 
-def load_state(folder: str, state: dict[str, Any], process_group: dist.ProcessGroup | None = None) -> None:
+def load_state(
+    folder: str, state: dict[str, Any], process_group: dist.ProcessGroup | None = None, *, part: bool = False
+) -> None:
     """Read what `save_state` wrote on any number of processes: into the tensors of `state`, and into its dicts.
+
+    Args:
+        folder: Where it is.
+        state: What to read, in the form of what was saved.
+        process_group: The processes that read, by default all.
+        part: Whether `state` may be a part of what was saved.
 
     Raises:
         CheckpointError: The folder holds no state, or that of something else; `state` is unchanged then.
@@ -66,6 +74,9 @@ def load_state(folder: str, state: dict[str, Any], process_group: dist.ProcessGr
     with _alone_is_meant(), _raising_what_was_raised(folder):
         reader = dcp.HuggingFaceStorageReader(folder)
         shapes = {name: tuple(entry.size) for name, entry in _tensors_in(reader)}
+        if part:
+            shapes = {name: shape for name, shape in shapes.items() if name in tensors}
+            saved = {name: value for name, value in saved.items() if name in values}
         unlike = {name for name in tensors.keys() | shapes.keys() if tuple(_shape(tensors, name)) != shapes.get(name)}
         if unlike := sorted(unlike | (values.keys() ^ saved.keys())):
             raise CheckpointError(

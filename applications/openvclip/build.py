@@ -91,6 +91,7 @@ def run(config: Config) -> Run:
     pretrained_weights = anchor(source)
     identity = {
         "videos": training_set.hash,
+        "classes": json.dumps(training_set.classes),
         "pretrained weights": fingerprint(pretrained_weights),
         "settings": json.dumps(to_dict(replace(config, output=None))),
     }
@@ -111,7 +112,7 @@ def run(config: Config) -> Run:
         monitor=Monitor(journal, folder, order.last_step, order.batch_size, tensorboard=m.tensorboard)
         if distributed.rank() == 0
         else None,
-        identity={name: identity[name] for name in ("videos", "pretrained weights")},
+        identity={name: identity[name] for name in ("videos", "classes", "pretrained weights")},
         evaluating=evaluating(
             replace(evaluated, protocols=in_training, passes=embedded(in_training, evaluated.clip, source.tokenizer)),
             pretrained_weights,
@@ -384,10 +385,21 @@ def regularizer(method: Method, model: nn.Module, config: Config) -> Interpolate
     return L2Penalty(model, strength=1.0 if method == "l2" else 0.0)
 
 
-def averager(method: Method, model: nn.Module, config: Config, steps_per_epoch: int) -> SWAAverager | LAWAAverager:
-    """The mean of the weights; without averaging, of the last weights alone."""
+def averager(
+    method: Method, model: nn.Module, config: Config, steps_per_epoch: int | None = None
+) -> SWAAverager | LAWAAverager:
+    """The mean of the weights; without averaging, of the last weights alone.
+
+    Args:
+        method: Says whether to average.
+        model: What is trained.
+        config: When to average.
+        steps_per_epoch: None for an averager that takes no snapshots, but goes on from those of another.
+    """
     if method in ("fine-tuning", "iwr"):
         return LAWAAverager(model, k=1)
+    if steps_per_epoch is None:
+        return SWAAverager(model)
     a, epochs = config.averager, config.optimization.epochs
     start, cycle = round(a.start_epoch * steps_per_epoch), max(1, steps_per_epoch // a.snapshots_per_epoch)
     if start + cycle > epochs * steps_per_epoch:

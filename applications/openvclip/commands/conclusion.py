@@ -32,6 +32,7 @@ def conclude(run: Run) -> None:
     metadata = {
         "anchor": fingerprint(run.anchor),
         "seed": str(run.settings["seed"]),
+        "step": str(step.taken),
         "classes": json.dumps(run.clips.manifest.classes),
     }
 

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1):  # what is not a step of training is interrupted as by Ctrl-C
         signal.signal(number, signal.default_int_handler)
     distributed.initialise()
-    run, stopped = None, None
+    is_first, run, stopped = distributed.rank() == 0, None, None
     try:
         if options.dry_run:
             return dry_run(config)
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stopped = "an interrupt"
     finally:
         distributed.finish()
-    if stopped and distributed.rank() == 0:
+    if stopped and is_first:
         print(f"stopped by {stopped}. It goes on with\n  openvclip train --resume {run.folder.path}")
 
 

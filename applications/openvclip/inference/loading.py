@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,16 +12,19 @@ from typing import Any
 from torch import Tensor
 
 from applications.openvclip import build
-from applications.openvclip.config import ModelConfig, from_dict
+from applications.openvclip.config import Config, ModelConfig, from_dict
 from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.inference.calibration import Calibration, read_calibrations
 from applications.openvclip.model import pretrained
 from applications.openvclip.model.pretrained import PretrainedCLIP
 from applications.openvclip.model.prompts import ACTION_TEMPLATES, OBJECT_TEMPLATES, TEMPLATES
+from applications.openvclip.model.video_encoder import VideoEncoder
 from applications.openvclip.recipes import miniature
 from applications.openvclip.runs.folder import RunFolder
 from applications.openvclip.runs.weights import fingerprint, load_weights
+from applications.openvclip.training.checkpoints import Checkpoints
 from interpolate import WeightMismatchError
+from interpolate.checkpoints import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -74,27 +78,21 @@ def of_run(folder: RunFolder) -> Loaded:
     beside = folder.path / (config.model.pretrained or "")
     if beside.is_file():  # of a run that was given away with its anchor
         config = replace(config, model=replace(config.model, pretrained=str(beside)))
-    if not folder.averaged.exists():
-        raise FileNotFoundError(f"{folder.path} has no {folder.averaged.name}: its training has not ended.")
     source = build.clip(config.model)
     anchor = build.anchor(source)
-    whole, metadata = load_weights(folder.averaged)
+    averaged, last, metadata = so_far(folder, config, source) if goes_on(folder) else finished(folder)
     if metadata["anchor"] != fingerprint(anchor):
         raise WeightMismatchError(
-            f"{folder.averaged} was trained from other pretrained weights than {config.model.name} "
+            f"{folder.path} was trained from other pretrained weights than {config.model.name} "
             f"{config.model.pretrained or ''} holds now (fingerprint {metadata['anchor']}, now {fingerprint(anchor)})."
         )
-    theta = {name: whole[name] for name in anchor}
-    last = None
-    if folder.last.exists():  # older runs have none
-        whole, _ = load_weights(folder.last)
-        last = {name: whole[name] for name in anchor}
+    theta, last = ({name: weights[name] for name in anchor} for weights in (averaged, last))
     return Loaded(
         source=source,
         model=config.model,
         anchor=anchor,
         theta=theta,
-        last=None if last is None or all(theta[name].equal(w) for name, w in last.items()) else last,
+        last=None if all(theta[name].equal(w) for name, w in last.items()) else last,
         anchor_weight=config.evaluation.anchor_weight,
         sampling=config.sampling,
         templates=TEMPLATES[config.data.templates],
@@ -102,6 +100,48 @@ def of_run(folder: RunFolder) -> Loaded:
         folder=folder,
         calibrations=read_calibrations(folder.calibration),
     )
+
+
+Learnt = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]
+"""The average of a run, its last weights, and their metadata."""
+
+
+def goes_on(folder: RunFolder) -> bool:
+    """Whether a run has learnt something since it last left weights, or has left none yet."""
+    if not folder.averaged.exists():
+        return True
+    with Checkpoint(folder.averaged) as averaged:
+        left_at = int(averaged.metadata.get("step", sys.maxsize))  # runs of the first version do not tell
+    return max(Checkpoints(folder.checkpoints, keep=1).steps(), default=0) > left_at
+
+
+def finished(folder: RunFolder) -> Learnt:
+    """What a run has left at its end."""
+    averaged, metadata = load_weights(folder.averaged)
+    last = load_weights(folder.last)[0] if folder.last.exists() else averaged  # runs of the first version have none
+    return averaged, last, metadata
+
+
+def so_far(folder: RunFolder, config: Config, source: PretrainedCLIP) -> Learnt:
+    """What a run that goes on, or was stopped, had learnt at its last checkpoint.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint yet.
+    """
+    checkpoints = Checkpoints(folder.checkpoints, keep=1)
+    if not checkpoints.steps():
+        raise FileNotFoundError(
+            f"{folder.path} has neither {folder.averaged.name} nor a checkpoint: nothing is learnt."
+        )
+    encoder = VideoEncoder(source.clip)
+    model = {name: tensor.detach().clone() for name, tensor in encoder.state_dict().items()}
+    averager = build.averager(config.method, encoder, config)
+    identity = {"classes": "", "pretrained weights": ""}
+    state = {"identity": identity, "step": {"model": model, "averager": averager.state_dict()}}
+    checkpoints.load(state, part=True)
+    averager.load_state_dict(state["step"]["averager"])
+    averaged = averager.weights if averager.n_averaged else model
+    return averaged, model, {"anchor": identity["pretrained weights"], "classes": identity["classes"]}
 
 
 def of_file(weights: str, model: ModelConfig) -> Loaded:

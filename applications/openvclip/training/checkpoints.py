@@ -69,8 +69,12 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def load(self, state: dict[str, Any]) -> int | None:
+    def load(self, state: dict[str, Any], *, part: bool = False) -> int | None:
         """Read the newest checkpoint that is whole: tensors into those of `state`, everything else into its dicts.
+
+        Args:
+            state: What to read, in the form of what was saved.
+            part: Whether `state` may be a part of what was saved.
 
         Returns:
             Its step; None if there is no checkpoint, and then nothing has been changed.
@@ -82,7 +86,7 @@ class Checkpoints:
         self.wait()
         step = on_first(self.newest, self._group)
         if step is not None:
-            load_state(str(self._path(step)), state, self._group)
+            load_state(str(self._path(step)), state, self._group, part=part)
         return step
 
     def steps(self) -> list[int]:

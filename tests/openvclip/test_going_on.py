@@ -1,0 +1,74 @@
+"""A run that was stopped can be finished where it is, evaluated as it is, and extended."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from applications.openvclip import evaluate, train
+from applications.openvclip.runs.journal import read_journal
+from tests.openvclip.test_commands import arguments
+
+pytestmark = pytest.mark.slow
+
+
+def trained(small_world: dict[str, Path], folder: Path, *more: str) -> Path:
+    train.main(arguments(small_world, folder, *more))
+    return folder
+
+
+def assert_same(a: Path, b: Path) -> None:
+    for kind in ("last", "averaged"):
+        expected, found = (load_file(folder / f"{kind}.safetensors") for folder in (a, b))
+        assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def accuracies(folder: Path) -> dict:
+    return {name: r["accuracy"] for name, r in json.loads((folder / "results.json").read_text())["protocols"].items()}
+
+
+def test_a_run_is_extended_by_resuming_with_more_epochs(small_world: dict[str, Path], tmp_path: Path) -> None:
+    whole = trained(small_world, tmp_path / "whole")
+    extended = trained(small_world, tmp_path / "extended", "--optimization.epochs", "2")
+    early = accuracies(extended)
+    train.main(["--resume", str(extended), "--optimization.epochs", "3"])
+    assert_same(whole, extended)
+    assert accuracies(extended) == accuracies(whole)
+    assert early.keys() == accuracies(whole).keys()
+    starts = [e for e in read_journal(extended / "journal.jsonl") if e["event"] == "start"]
+    assert [(e["step"], e["changed"]) for e in starts] == [(0, []), (8, ["optimization.epochs: 2, now 3"])]
+    with pytest.raises(
+        ValueError, match=r"--optimization\.epochs: the run has taken 12 steps, and there are 8 of them"
+    ):
+        train.main(["--resume", str(extended), "--optimization.epochs", "2"])
+
+
+def test_a_schedule_that_ends_somewhere_can_not_be_extended(small_world: dict[str, Path], tmp_path: Path) -> None:
+    trained(small_world, tmp_path, "--optimization.epochs", "2", "--optimization.schedule", "cosine")
+    with pytest.raises(FileExistsError, match=r"another configuration \(optimization\.epochs: 2, now 3\)"):
+        train.main(["--resume", str(tmp_path), "--optimization.epochs", "3"])
+
+
+def test_a_stopped_run_is_evaluated_and_finished_where_it_is(small_world: dict[str, Path], tmp_path: Path) -> None:
+    ended = trained(small_world, tmp_path / "ended", "--optimization.epochs", "2")
+    stopped = tmp_path / "stopped"
+    (ended / "checkpoints").rename(tmp_path / "checkpoints")
+    config = json.loads((ended / "config.json").read_text())
+    config["optimization"]["epochs"], config["output"] = 3, str(stopped)  # as if it had been stopped after two of three
+    stopped.mkdir()
+    (tmp_path / "checkpoints").rename(stopped / "checkpoints")
+    (stopped / "config.json").write_text(json.dumps(config))
+    (stopped / "journal.jsonl").write_text((ended / "journal.jsonl").read_text())
+    evaluate.main([str(stopped)])
+    assert accuracies(stopped) == accuracies(ended)
+    train.main(["--resume", str(stopped), "--finish"])
+    assert_same(ended, stopped)
+    assert accuracies(stopped) == accuracies(ended)
+    train.main(["--resume", str(stopped)])  # and it can still go on
+    assert len([e for e in read_journal(stopped / "journal.jsonl") if e["event"] == "step"]) == 12
+    with pytest.raises(FileExistsError, match="holds a finished run"):
+        train.main(["--resume", str(stopped)])
+    with pytest.raises(ValueError, match="say which with --resume RUN"):
+        train.main(["--finish"])
