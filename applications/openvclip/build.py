@@ -96,10 +96,9 @@ def run(config: Config) -> Run:
         "settings": json.dumps(to_dict(replace(config, output=None))),
     }
     distributed.check_alike(identity)
-    evaluated = evaluation(
-        apart(source) if m.parallel == "fsdp2" else source, config, protocols(config, training_set.classes)
-    )
+    to_evaluate = apart(source) if m.parallel == "fsdp2" else source
     step = training_step(source, config, order, precision, training_set.classes)
+    evaluated = evaluation(to_evaluate, config, protocols(config, training_set.classes))
     in_training = evaluated_in_training(evaluated.protocols, config.evaluation)
     folder = RunFolder(config.output or distributed.on_first(lambda: new_path(config.recipe)))
     journal = Journal(folder.journal)

@@ -56,7 +56,7 @@ def test_a_stopped_run_is_evaluated_and_finished_where_it_is(small_world: dict[s
     stopped = tmp_path / "stopped"
     (ended / "checkpoints").rename(tmp_path / "checkpoints")
     config = json.loads((ended / "config.json").read_text())
-    config["optimization"]["epochs"], config["output"] = 3, str(stopped)  # as if it had been stopped after two of three
+    config["optimization"]["epochs"], config["output"] = 3, str(stopped)  # as if stopped after two
     stopped.mkdir()
     (tmp_path / "checkpoints").rename(stopped / "checkpoints")
     (stopped / "config.json").write_text(json.dumps(config))

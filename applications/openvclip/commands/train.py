@@ -30,33 +30,34 @@ if TYPE_CHECKING:
     from applications.openvclip.build import Run
 
 
-def parse(arguments: Sequence[str]) -> tuple[Config, argparse.Namespace]:
-    """A recipe by name (by default miniature), or the settings of a run to resume; fields overridden by options.
+def parse(arguments: Sequence[str]) -> Config:
+    """A recipe by name (by default miniature), or the settings of a run to resume; fields overridden by options."""
+    options, arguments = split(arguments)
+    if options.resume is not None:
+        settings = from_dict(RunFolder(options.resume).read_settings())
+        overridden = tyro.cli(Config, prog="openvclip train", description=__doc__, args=arguments, default=settings)
+        return replace(overridden, output=options.resume)
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = ["miniature", *arguments]
+    recipes = {name: ((recipe.__doc__ or "").strip(), recipe()) for name, recipe in RECIPES.items()}
+    return tyro.extras.overridable_config_cli(recipes, prog="openvclip train", description=__doc__, args=arguments)
 
-    Returns:
-        The configuration, and what is no part of it: `resume`, the run's folder or None, whether to `finish`, and
-        whether it is a `dry_run`.
-    """
+
+def split(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What is no part of a configuration: a run to `resume`, whether to `finish` it, a `dry_run`; and the rest."""
     parser = argparse.ArgumentParser(prog="openvclip train", add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--finish", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
-    options, arguments = parser.parse_known_args(arguments)
-    if options.resume is not None:
-        settings = from_dict(RunFolder(options.resume).read_settings())
-        overridden = tyro.cli(Config, prog="openvclip train", description=__doc__, args=arguments, default=settings)
-        return replace(overridden, output=options.resume), options
-    if options.finish:
+    options, rest = parser.parse_known_args(arguments)
+    if options.finish and options.resume is None:
         raise ValueError("--finish ends a run that was stopped: say which with --resume RUN.")
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        arguments = ["miniature", *arguments]
-    recipes = {name: ((recipe.__doc__ or "").strip(), recipe()) for name, recipe in RECIPES.items()}
-    config = tyro.extras.overridable_config_cli(recipes, prog="openvclip train", description=__doc__, args=arguments)
-    return config, options
+    return options, rest
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    config, options = parse(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    config, (options, _) = parse(arguments), split(arguments)
     from applications.openvclip import build, distributed  # torch and the like take seconds; --help must not wait
     from applications.openvclip.commands.dry_run import dry_run
     from applications.openvclip.commands.report import alone_in
