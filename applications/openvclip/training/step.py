@@ -104,7 +104,7 @@ class Step:
 
     def _backward(self, m: int, batch: MicroBatch) -> Tensor:
         """Add a micro-batch's part to the gradients; its part of the mean losses, plain and interpolated: (2,)."""
-        scale = self.order.world_size * float(self.precision.scaler.get_scale())
+        scaler, n = self.precision.scaler, self.order.world_size
         parts = list(zip(batch.clips.split(self.clips_at_once), batch.labels.split(self.clips_at_once), strict=True))
         losses = torch.zeros(2, dtype=torch.float64, device=batch.clips.device)
         for i, (clips, labels) in enumerate(parts):
@@ -113,15 +113,15 @@ class Step:
             share = len(labels) / self.order.batch_size
             with synchronising(self.model, wanted=last):
                 loss = self.regularizer.backward(
-                    lambda model, clips=clips, labels=labels, share=share: (
-                        scale * share * F.cross_entropy(self._logits(model, clips), labels)
+                    lambda model, clips=clips, labels=labels, share=share: scaler.scale(
+                        n * share * F.cross_entropy(self._logits(model, clips), labels)
                     ),
                     index=self._alpha_index(m),
                 )
             losses[0] += loss.double()
             if self.regularizer.interpolated_loss is not None:
                 losses[1] += self.regularizer.interpolated_loss.double()
-        return losses / scale
+        return losses / (n * scaler.get_scale())
 
     def _overflows(self, loss: float, gradient_norm: float) -> bool:
         """Whether gradients left the range of float16, so that the scaler leaves the update out and scales down."""
