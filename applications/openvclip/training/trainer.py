@@ -84,6 +84,7 @@ class Trainer:
                     )
                 except FloatingPointError:
                     self.save()
+                    self.checkpoints.wait()
                     raise
                 if step.taken % _DISTANCE_EVERY == 0 or step.taken == last:
                     values["distance"] = distance(trainable_weights(step.encoder), step.regularizer.anchor)
@@ -134,10 +135,10 @@ class Trainer:
 
     def save(self) -> None:
         """Begin to write a checkpoint of the state as it is."""
+        if self.monitor:  # before it is there: a run that goes on from it does not write this line again
+            self.monitor.event("checkpoint", step=self.step.taken)
         self.checkpoints.save(self.step.taken, self.state_dict())
         self.saved_at = time.monotonic()
-        if self.monitor:
-            self.monitor.event("checkpoint", step=self.step.taken)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that is whole, if there is one; all processes call it together.
