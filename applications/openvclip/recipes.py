@@ -39,6 +39,12 @@ def vit_b_32() -> Config:
 
     Published (top-1, %): UCF-101 EP1 87.1, EP2 79.5, EP3 79.4; HMDB-51 EP1 62.3, EP2 49.9, EP3 50.6;
     Kinetics-600 69.5. Published on 8 GPUs with 8 clips each.
+
+    GB of a GPU with 1, 2, 4 and 8 clips at once (--clips-at-once), counted by benchmarks/training_memory.py:
+    fp32 3.7, 4.1, 4.7, 6.1; bf16 3.8, 3.9, 4.3, 4.9;
+    fp32 with --activation-checkpointing 3.5, 3.5, 3.7, 3.9.
+    Of a batch's 64 clips, cards of 24, 40 and 80 GB have room for 54, 64 and 64 in fp32, 64, 64 and 64 in bf16,
+    64, 64 and 64 in fp32 with checkpointing.
     """
     return _published("vit_b_32", "ViT-B-32-quickgelu", anchor_weight=0.5)
 
@@ -51,6 +57,12 @@ def vit_b_16() -> Config:
 
     Published (top-1, %): UCF-101 EP1 89.9, EP2 83.5, EP3 83.4; HMDB-51 EP1 64.5, EP2 53.2, EP3 53.9;
     Kinetics-600 73.0; Kinetics-400 78.9. Published on 8 GPUs with 8 clips each.
+
+    GB of a GPU with 1, 2, 4 and 8 clips at once (--clips-at-once), counted by benchmarks/training_memory.py:
+    fp32 4.6, 5.9, 8.5, 13.6; bf16 4.2, 4.8, 6.1, 8.7;
+    fp32 with --activation-checkpointing 3.6, 3.8, 4.2, 5.1.
+    Of a batch's 64 clips, cards of 24, 40 and 80 GB have room for 14, 25 and 53 in fp32, 28, 50 and 64 in bf16,
+    64, 64 and 64 in fp32 with checkpointing.
     """
     return _published("vit_b_16", "ViT-B-16-quickgelu", anchor_weight=0.5)
 
@@ -63,6 +75,12 @@ def vit_l_14() -> Config:
 
     Published (top-1, %): UCF-101 EP1 93.1, EP2 87.9, EP3 87.6; HMDB-51 EP1 68.5, EP2 58.3, EP3 59.0;
     Kinetics-600 81.1. Published on 8 GPUs with 8 clips each.
+
+    GB of a GPU with 1, 2, 4 and 8 clips at once (--clips-at-once), counted by benchmarks/training_memory.py:
+    fp32 15.8, 20.1, 28.8, 46.2; bf16 14.2, 16.4, 20.7, 29.4;
+    fp32 with --activation-checkpointing 11.9, 12.4, 13.3, 15.2.
+    Of a batch's 64 clips, cards of 24, 40 and 80 GB have room for 2, 5 and 13 in fp32, 4, 11 and 27 in bf16,
+    21, 52 and 64 in fp32 with checkpointing.
     """
     return _published("vit_l_14", "ViT-L-14-quickgelu", anchor_weight=0.6)
 

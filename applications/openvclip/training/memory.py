@@ -19,6 +19,8 @@ from applications.openvclip.model.precision import Name, Precision
 from applications.openvclip.model.video_encoder import VideoEncoder
 from interpolate import InterpolatedWeightRegularizer, SWAAverager
 
+FITTED = 4, 8
+"""Clips at once that the line goes through: with fewer, the peak may be at another moment of the step."""
 CLASSES = 400
 """Of Kinetics; their embeddings weigh little."""
 
@@ -49,9 +51,10 @@ class Memory:
 
 def memory_of(clip: CLIP, **settings: Any) -> Memory:
     """The memory of training a CLIP's image tower; `settings` are those of `peak_of_step`."""
-    one, two = (peak_of_step(clip, clips, **settings) for clips in (1, 2))
+    few, more = (peak_of_step(clip, clips, **settings) for clips in FITTED)
+    per_clip = (more - few) // (FITTED[1] - FITTED[0])
     sharded = 8 * sum(p.nbytes for p in VideoEncoder(clip).parameters())
-    return Memory(sharded, 2 * one - two - sharded, two - one)
+    return Memory(sharded, few - FITTED[0] * per_clip - sharded, per_clip)
 
 
 def peak_of_step(
