@@ -51,6 +51,13 @@ def test_another_process_of_the_same_number_does_not_hold_it(tmp_path: Path) -> 
         assert former is not None
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[]"])
+def test_a_lock_that_names_nobody_is_refused_with_what_to_do(tmp_path: Path, content: str) -> None:
+    (tmp_path / ".lock").write_text(content)
+    with pytest.raises(LockedError, match=r"\.lock does not say which process .* delete it"), locked(tmp_path):
+        pass
+
+
 def test_another_machine_holds_it_as_long_as_its_lock_is_touched(tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
     lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1"}))

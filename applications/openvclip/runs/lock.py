@@ -79,9 +79,14 @@ def _created(path: Path, holder: dict[str, object]) -> bool:
 
 def _holder(path: Path) -> dict[str, object] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return {name: holder[name] for name in ("host", "pid", "started")}
     except FileNotFoundError:
         return None
+    except (ValueError, TypeError, KeyError) as error:  # a machine that crashed may leave an empty file
+        raise LockedError(
+            f"{path} does not say which process holds {path.parent}; if you know that none does, delete it."
+        ) from error
 
 
 def _removed(path: Path, holder: dict[str, object]) -> bool:
