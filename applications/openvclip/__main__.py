@@ -60,7 +60,8 @@ def is_mistake(error: Exception) -> bool:
     """
     if isinstance(error, OSError):
         return True
-    return isinstance(error, (ValueError, RuntimeError, FloatingPointError)) and _is_raised_here(error.__traceback__)
+    kinds = (ValueError, RuntimeError, FloatingPointError, ModuleNotFoundError)
+    return isinstance(error, kinds) and _is_raised_here(error.__traceback__)
 
 
 def _is_raised_here(traceback: TracebackType | None) -> bool:

@@ -28,7 +28,7 @@ def training_ranges(config: Config) -> Iterable[Range]:
     yield "seed", config.seed, "at least 0", config.seed >= 0
     yield "optimization.epochs", o.epochs, "at least 1", o.epochs >= 1
     yield "optimization.batch_size", o.batch_size, "at least 1", o.batch_size >= 1
-    micro_batch = o.micro_batch or o.batch_size
+    micro_batch = o.batch_size if o.micro_batch is None else o.micro_batch
     divides = micro_batch >= 1 and o.batch_size % micro_batch == 0
     yield "optimization.micro_batch", micro_batch, f"a divisor of the batch of {o.batch_size} clips", divides
     yield "optimization.learning_rate", o.learning_rate, "positive and finite", 0 < o.learning_rate < inf

@@ -30,6 +30,10 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         (["--evaluation.anchor-weight", "1.5"], "--evaluation.anchor-weight: must be in [0, 1], got 1.5"),
         (["--evaluation.anchor-weights", "0", "nan"], "--evaluation.anchor-weights: must be in [0, 1], got nan"),
         (["--optimization.batch-size", "17"], "--optimization.batch-size: must be at most 16, the videos of"),
+        (
+            ["--optimization.micro-batch", "0"],
+            "--optimization.micro-batch: must be a divisor of the batch of 4 clips, got 0",
+        ),
         (["--optimization.epochs", "0"], "--optimization.epochs: must be at least 1, got 0"),
         (["--seed", "-1"], "--seed: must be at least 0, got -1"),
         (["--optimization.learning-rate", "nan"], "--optimization.learning-rate: must be positive and finite, got nan"),
@@ -59,6 +63,14 @@ def test_a_wrong_setting_is_named_before_the_first_video(
     monkeypatch.setattr("applications.openvclip.miniature.tasks.prepare", lambda seed: {"train": None})
     assert said in refused(["train", *arguments(small_world, tmp_path / "run", *setting)], capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_that_is_not_installed_is_named_with_what_installs_it(
+    small_world: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("applications.openvclip.training.monitor.find_spec", lambda name: None)
+    said = refused(["train", *arguments(small_world, tmp_path / "run", "--tensorboard")], capsys)
+    assert "pip install tensorboard" in said
 
 
 def test_class_names_that_have_no_embedding_are_found_before_the_first_video(
