@@ -2,10 +2,13 @@
 
 import re
 import tempfile
+from unittest.mock import MagicMock
 
 import pytest
 
 from applications.openvclip.commands import train
+from applications.openvclip.commands.dry_run import decoding_s
+from applications.openvclip.data.decode import VideoReadError
 
 
 def test_a_dry_run_says_what_the_whole_run_takes_and_leaves_nothing(small_world, tmp_path, monkeypatch, capsys) -> None:
@@ -29,6 +32,20 @@ def test_a_dry_run_says_what_the_whole_run_takes_and_leaves_nothing(small_world,
     of_multiprocessing = ("pymp-", "listener-")  # sockets that last as long as this process
     left = [path.name for path in tmp_path.rglob("*") if not path.name.startswith(of_multiprocessing)]
     assert left == ["temporary"]
+
+
+def test_the_cost_of_a_clip_is_that_of_those_that_can_be_read() -> None:
+    asked = []
+
+    def read(key: tuple[int, int, int]) -> None:
+        asked.append(key[1])
+        if key[1] < 10:
+            raise VideoReadError("nothing in it")
+
+    clips = MagicMock(side_effect=read)
+    clips.manifest.__len__.return_value = 100
+    assert decoding_s(MagicMock(clips=clips)) >= 0
+    assert asked == list(range(18))
 
 
 def test_a_run_that_is_too_short_to_be_tried_is_named(small_world, tmp_path) -> None:

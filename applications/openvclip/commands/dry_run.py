@@ -71,18 +71,20 @@ def pace_of(run: Run, config: Config) -> Pace:
 
 
 def decoding_s(run: Run) -> float:
-    """CPU seconds of this process for one training clip, over a few of the set."""
+    """CPU seconds of this process for one training clip, over the first few of the set that can be read."""
     from applications.openvclip.data.decode import VideoReadError
 
     used = []
-    for i in range(min(_CLIPS_TIMED, len(run.clips.manifest))):
+    for i in range(len(run.clips.manifest)):
         began = time.process_time()
         try:
             run.clips((0, i, 0))
         except VideoReadError:
             continue
         used.append(time.process_time() - began)
-    return sum(used) / len(used) if used else float("nan")
+        if len(used) == _CLIPS_TIMED:
+            break
+    return sum(used) / len(used)  # some can be read: steps have been taken
 
 
 def report(run: Run, config: Config, pace: Pace) -> Iterator[str]:
