@@ -11,6 +11,7 @@ from tyro import conf
 
 from applications.openvclip.data.augmentation import Augmentation
 from applications.openvclip.data.sampling import Sampling
+from applications.openvclip.runs.strict import structured
 
 Method = Literal["open-vclip", "fine-tuning", "iwr", "swa", "l2"]
 Parallel = Literal["ddp", "fsdp2"]
@@ -193,7 +194,7 @@ FREE = (
     "data.time_limit_s",
     "data.cache_gb",
     *(f"machine.{name}" for name in ("clips_at_once", "activation_checkpointing", "compile", "hang_limit_s")),
-    "machine.tensorboard",
+    *("machine.tensorboard", "machine.profile"),
 )
 """Settings that change nothing of what is learnt, by the beginning of their names. Of the training set it is the videos
 and their classes that count, not where they are; the trainer sees to that."""
@@ -206,11 +207,8 @@ def free(config: Config) -> tuple[str, ...]:
     return FREE + shared_alpha + open_ended
 
 
-_converter = cattrs.Converter(
-    forbid_extra_keys=True, detailed_validation=False, unstruct_collection_overrides={tuple: list}
-)
+_converter = cattrs.Converter(unstruct_collection_overrides={tuple: list})
 _converter.register_unstructure_hook(Path, str)
-_converter.register_structure_hook(Path, lambda value, _: Path(value))
 
 
 def to_dict(config: object) -> dict[str, Any]:
@@ -219,5 +217,9 @@ def to_dict(config: object) -> dict[str, Any]:
 
 
 def from_dict(settings: dict[str, Any]) -> Config:
-    """The configuration that `to_dict` took apart; unknown fields are an error."""
-    return _converter.structure(settings, Config)
+    """The configuration that `to_dict` took apart.
+
+    Raises:
+        ValueError: A setting is missing, unknown or of another type, as somebody has edited it.
+    """
+    return structured(settings, Config, "config.json")

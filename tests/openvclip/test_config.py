@@ -5,14 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cattrs.errors import ForbiddenExtraKeysError
 
 from applications.openvclip.__main__ import VERBS
-from applications.openvclip.commands.train import parse
+from applications.openvclip.commands.train import continuation, parse
 from applications.openvclip.config import FREE, Config, DataConfig, EvaluationConfig, from_dict, to_dict
 from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.recipes import RECIPES
-from applications.openvclip.runs.folder import RunFolder, differences, new_path
+from applications.openvclip.runs.folder import RunFolder, differences, flat, new_path
 
 
 def test_a_configuration_survives_json() -> None:
@@ -20,10 +19,14 @@ def test_a_configuration_survives_json() -> None:
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
-def test_unknown_fields_of_a_configuration_are_refused() -> None:
+def test_unknown_fields_and_other_types_in_a_configuration_are_named() -> None:
     settings = to_dict(Config("miniature")) | {"sead": 1}
-    with pytest.raises(ForbiddenExtraKeysError, match="sead"):
+    with pytest.raises(ValueError, match=r"config\.json: extra fields found \(sead\)"):
         from_dict(settings)
+    settings = to_dict(Config("miniature")) | {"machine": {"precision": "fp8"}, "seed": "1"}
+    with pytest.raises(ValueError, match=r"config\.json: .*fp8 not in .*machine\.precision") as error:
+        from_dict(settings)
+    assert "int is expected, got '1' @ $.seed" in str(error.value)
 
 
 def test_differences_name_the_field_and_both_values() -> None:
@@ -76,8 +79,9 @@ def test_a_run_goes_on_only_in_its_own_folder(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     config = Config("miniature", output=folder.path)
     folder.open_for_training(to_dict(replace(config, seed=1)))
+    folder.write_settings(to_dict(replace(config, seed=1)))
     folder.open_for_training(to_dict(config))  # nothing has been learnt there yet
-    assert folder.read_settings()["seed"] == 0
+    folder.write_settings(to_dict(config))
     folder.checkpoints.mkdir()
     folder.open_for_training(to_dict(config))
     with pytest.raises(FileExistsError, match="another configuration \\(seed: 0, now 1\\)"):
@@ -94,21 +98,24 @@ def test_a_run_goes_on_only_in_its_own_folder(tmp_path: Path) -> None:
 def test_what_changes_nothing_of_what_is_learnt_may_differ_and_is_said(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     config = Config("miniature", output=tmp_path, data=DataConfig(train="videos"))
-    folder.open_for_training(to_dict(config))
+    folder.write_settings(to_dict(config))
     folder.checkpoints.mkdir()
     data = replace(config.data, workers=7, train="/moved/videos", test=("more",))
+    machine = replace(config.machine, profile=True, tensorboard=True)
     changed = replace(config, output=Path("elsewhere"), data=data, evaluation=EvaluationConfig(anchor_weight=0.3))
+    changed = replace(changed, machine=machine)
     told = folder.open_for_training(to_dict(changed), FREE)
     assert {text.partition(":")[0] for text in told} == {
-        *("output", "data.workers", "data.train", "data.test", "evaluation.anchor_weight")
+        *("output", "data.workers", "data.train", "data.test", "evaluation.anchor_weight"),
+        *("machine.profile", "machine.tensorboard"),
     }
-    assert folder.read_settings() == to_dict(changed)
+    assert folder.read_settings() == to_dict(config), "what goes on has not been seen yet"
     with pytest.raises(FileExistsError, match=r"sampling\.frames: 8, now 4"):
         folder.open_for_training(to_dict(replace(changed, sampling=Sampling(frames=4))), FREE)
 
 
 def test_every_free_setting_is_one() -> None:
-    names = [name for name, _ in flat(to_dict(Config("miniature")))]
+    names = flat(to_dict(Config("miniature")))
     assert all(any(name.startswith(free) for name in names) for free in FREE)
 
 
@@ -125,9 +132,18 @@ def test_runs_that_begin_in_one_second_have_folders_of_their_own(tmp_path: Path,
     assert all(path.is_dir() for path in paths)
 
 
-def flat(settings: dict, name: str = "") -> list:
-    return [
-        pair
-        for key, value in settings.items()
-        for pair in (flat(value, f"{name}{key}.") if isinstance(value, dict) and value else [(f"{name}{key}", value)])
-    ]
+def test_a_run_is_not_resumed_in_another_folder(tmp_path: Path) -> None:
+    was = Config("miniature", output=Path("former/place"))
+    RunFolder(tmp_path).write_settings(to_dict(was))
+    for output in ("former/place", str(tmp_path)):
+        assert parse(["--resume", str(tmp_path), "--output", output]) == replace(was, output=tmp_path)
+    with pytest.raises(ValueError, match=f"--output elsewhere: a run goes on in its own folder, {tmp_path}"):
+        parse(["--resume", str(tmp_path), "--output", "elsewhere"])
+
+
+def test_the_command_that_goes_on_is_one_for_as_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert continuation(Path("my runs/a"), finish=False) == "openvclip train --resume 'my runs/a'"
+    assert continuation(Path("a"), finish=True) == "openvclip train --resume a --finish"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    expected = "torchrun --nproc-per-node 8 -m applications.openvclip.train --resume a"
+    assert continuation(Path("a"), finish=False) == expected

@@ -12,6 +12,8 @@ $ openvclip train --help                             # recipes; and miniature --
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -36,6 +38,11 @@ def parse(arguments: Sequence[str]) -> Config:
     if options.resume is not None:
         settings = from_dict(RunFolder(options.resume).read_settings())
         overridden = tyro.cli(Config, prog="openvclip train", description=__doc__, args=arguments, default=settings)
+        if overridden.output not in (settings.output, options.resume):
+            raise ValueError(
+                f"--output {overridden.output}: a run goes on in its own folder, {options.resume}; copy it, and resume "
+                "the copy."
+            )
         return replace(overridden, output=options.resume)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["miniature", *arguments]
@@ -73,13 +80,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with alone_in(run.folder):
             stopped = train(run, config, finish=options.finish)
     except KeyboardInterrupt:
-        if run is None:
-            raise
+        if run is None or not run.folder.config.exists():
+            raise  # nothing has begun
         stopped = "an interrupt"
     finally:
         distributed.finish()
     if stopped and is_first:
-        print(f"stopped by {stopped}. It goes on with\n  openvclip train --resume {run.folder.path}")
+        print(f"stopped by {stopped}. It goes on with\n  {continuation(run.folder.path, finish=options.finish)}")
+
+
+def continuation(folder: Path, *, finish: bool) -> str:
+    """The command that goes on with a run, on as many processes as this one; any other number will do."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    module = ["torchrun", "--nproc-per-node", processes, "-m", "applications.openvclip.train"]
+    program = ["openvclip", "train"] if processes == "1" else module
+    return shlex.join([*program, "--resume", str(folder), *(["--finish"] if finish else [])])
 
 
 def train(run: Run, config: Config, *, finish: bool = False) -> str | None:
@@ -116,7 +131,7 @@ def train(run: Run, config: Config, *, finish: bool = False) -> str | None:
 
 
 def begun(run: Run, changed: list[str]) -> set[int]:
-    """Have the journal begin where the run does: at its start, or at the step that it goes on from.
+    """Keep the settings, and have the journal begin where the run does: at its start or the step it goes on from.
 
     Returns:
         The steps after which there has been an evaluation.
@@ -125,6 +140,7 @@ def begun(run: Run, changed: list[str]) -> set[int]:
     from applications.openvclip.runs.provenance import provenance
 
     taken = run.trainer.step.taken
+    run.folder.write_settings(run.settings)
     run.journal.cut(taken)
     run.journal.write("start", **provenance(), step=taken, config=run.settings, changed=changed)
     events = read_journal(run.journal.path)

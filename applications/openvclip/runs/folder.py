@@ -99,7 +99,7 @@ class RunFolder:
     def open_for_training(
         self, settings: dict[str, Any], free: Collection[str] = (), *, goes_on: bool = False
     ) -> list[str]:
-        """Make the folder of a new run, or go on with an unfinished run.
+        """Make the folder of a new run, or see that an unfinished run may go on; its settings are left as they are.
 
         As long as nothing has been learnt there, any settings will do; afterwards those of the run.
 
@@ -128,12 +128,16 @@ class RunFolder:
             bound = [text for text in changed if not text.startswith(tuple(free))]
             if bound:
                 raise FileExistsError(
-                    f"{self.path} holds a run of another configuration ({', '.join(bound)}); choose another --output."
+                    f"{self.path} holds a run of another configuration ({', '.join(bound)}), and a run keeps to its "
+                    "own; leave these settings as they were, or begin a new run in another --output."
                 )
         elif any(path.name != ".lock" for path in self.path.iterdir()):
             raise FileExistsError(f"{self.path} is not empty and holds no run; choose another --output.")
-        write_text(self.config, json.dumps(settings, indent=2) + "\n")
         return changed
+
+    def write_settings(self, settings: dict[str, Any]) -> None:
+        """Keep the configuration, as plain values; only of what has been accepted, as a run goes on with it."""
+        write_text(self.config, json.dumps(settings, indent=2) + "\n")
 
 
 def new_path(recipe: str) -> Path:
@@ -148,17 +152,21 @@ def new_path(recipe: str) -> Path:
     raise AssertionError("there are numbers enough")
 
 
+def flat(settings: dict[str, Any]) -> dict[str, object]:
+    """Settings by their full names, such as "sampling.frames"."""
+    found: dict[str, object] = {}
+    for name, value in settings.items():
+        inner = flat(value) if isinstance(value, dict) else {}
+        found |= {f"{name}.{part}": leaf for part, leaf in inner.items()} or {name: value}
+    return found
+
+
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The settings that differ, those in one of both too, as "sampling.frames: 4, now 8"."""
 
-    def flat(value: object, name: str) -> dict[str, object]:
-        if not isinstance(value, dict) or not value:
-            return {name: value}
-        return {key: leaf for part in value for key, leaf in flat(value[part], f"{name}.{part}").items()}
-
-    before, after = (flat(settings, "") for settings in (old, new))
+    before, after = flat(old), flat(new)
     return [
-        f"{name[1:]}: {before.get(name, 'not there')}, now {after.get(name, 'not there')}"
+        f"{name}: {before.get(name, 'not there')}, now {after.get(name, 'not there')}"
         for name in {**before, **after}
         if name not in before or name not in after or before[name] != after[name]
     ]
