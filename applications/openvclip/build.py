@@ -29,7 +29,7 @@ from applications.openvclip.model.prompts import TEMPLATES
 from applications.openvclip.model.sharding import shard
 from applications.openvclip.model.video_encoder import VideoEncoder
 from applications.openvclip.ranges import check, evaluation_ranges, training_ranges
-from applications.openvclip.runs.folder import RunFolder, new_path
+from applications.openvclip.runs.folder import RunFolder, flat, new_path
 from applications.openvclip.runs.journal import Journal
 from applications.openvclip.runs.weights import fingerprint
 from applications.openvclip.training.checkpoints import Checkpoints
@@ -93,9 +93,8 @@ def run(config: Config) -> Run:
         "videos": training_set.hash,
         "classes": json.dumps(training_set.classes),
         "pretrained weights": fingerprint(pretrained_weights),
-        "settings": json.dumps(to_dict(replace(config, output=None))),
     }
-    distributed.check_alike(identity)
+    distributed.check_alike(identity | flat(to_dict(replace(config, output=None))))
     to_evaluate = apart(source) if m.parallel == "fsdp2" else source
     step = training_step(source, config, order, precision, training_set.classes)
     evaluated = evaluation(to_evaluate, config, protocols(config, training_set.classes))
@@ -111,7 +110,7 @@ def run(config: Config) -> Run:
         monitor=Monitor(journal, folder, order.last_step, order.batch_size, tensorboard=m.tensorboard)
         if distributed.rank() == 0
         else None,
-        identity={name: identity[name] for name in ("videos", "classes", "pretrained weights")},
+        identity=identity,
         evaluating=evaluating(
             replace(evaluated, protocols=in_training, passes=embedded(in_training, evaluated.clip, source.tokenizer)),
             pretrained_weights,
@@ -264,8 +263,6 @@ def evaluation(source: PretrainedCLIP, config: Config, protocols: Sequence[Proto
 
 def evaluated_in_training(protocols: Sequence[Protocol], e: EvaluationConfig) -> list[Protocol]:
     """The closed set and the one that is held out, of what the run is evaluated on; none if only the end is."""
-    if not e.every_epochs:
-        return []
     held_out = [p for p in protocols if p.name == e.held_out]
     closed = [p for p in protocols if p.closed and p.name != e.held_out][:1]
     names = ", ".join(p.name for p in protocols)
@@ -274,6 +271,8 @@ def evaluated_in_training(protocols: Sequence[Protocol], e: EvaluationConfig) ->
             f"--evaluation.held-out: there is no set or protocol {e.held_out}; --data.test and --evaluation.protocols "
             f"have {names or 'none'}."
         )
+    if not e.every_epochs:
+        return []
     for name, found in (("held-out", held_out), ("closed", closed)):
         if e.best_by == name and not found:
             raise ValueError(f"--evaluation.best-by {name}: there is no such set among {names or 'none'}.")

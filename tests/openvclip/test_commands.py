@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from applications.openvclip import build, evaluate, train
+from applications.openvclip import build, distributed, evaluate, train
 from applications.openvclip.config import from_dict
 from applications.openvclip.data.decode import Video, VideoReadError
 from applications.openvclip.data.layouts import read_dataset
@@ -254,8 +254,18 @@ def test_a_resumed_run_on_other_videos_is_refused(run: Path, small_world: dict[s
     folder = tmp_path / "unfinished"
     shutil.copytree(run, folder)
     (folder / "results.json").unlink()
+    settings = (folder / "config.json").read_text()
     with pytest.raises(ValueError, match="begun with other videos"):
         train.main(["--resume", str(folder), "--data.train", str(small_world["closed"])])
+    assert (folder / "config.json").read_text() == settings, "it still goes on with its own"
+
+
+def test_processes_with_other_settings_are_refused_by_the_names_of_these(
+    small_world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "gathered", lambda facts: [facts, facts | {"optimization.epochs": 7}])
+    with pytest.raises(ValueError, match=r"differ in optimization\.epochs: 3 on rank 0, 7 on rank 1\.$"):
+        train.main(arguments(small_world, tmp_path / "run"))
 
 
 def test_a_folder_in_use_is_named_with_its_holder(run: Path, tmp_path: Path) -> None:

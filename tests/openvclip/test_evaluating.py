@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from applications.openvclip import train
+from applications.openvclip.build import evaluated_in_training
+from applications.openvclip.config import EvaluationConfig
 from applications.openvclip.runs.folder import RunFolder
 from applications.openvclip.runs.journal import Journal, read_journal
 from applications.openvclip.training.checkpoints import Checkpoints
@@ -151,6 +154,13 @@ def test_what_cannot_be_evaluated_on_is_named_before_training(small_world, tmp_p
     with pytest.raises(ValueError, match=message):
         train.main(arguments(small_world, tmp_path / "run", "--evaluation.every-epochs", "1", *more))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_held_out_set_that_is_not_there_is_named_also_where_nothing_is_evaluated_on_the_way() -> None:
+    evaluation = EvaluationConfig(held_out="zs_objekt")
+    with pytest.raises(ValueError, match=r"--evaluation\.held-out: there is no set or protocol zs_objekt"):
+        evaluated_in_training([], evaluation)
+    assert evaluated_in_training([], replace(evaluation, held_out=None)) == []
 
 
 def arguments(small_world: dict[str, Path], output: Path, *more: str) -> list[str]:

@@ -72,7 +72,8 @@ class TrainingOrder:
         if self.world_size > self.micro_batches:
             raise ValueError(
                 f"{self.world_size} processes for {self.micro_batches} micro-batches of {self.micro_batch} clips: some "
-                "would have nothing to do. Start fewer processes, or make the micro-batches smaller."
+                "would have nothing to do. Start fewer processes, or make the micro-batches smaller "
+                "(--optimization.micro-batch)."
             )
 
     @property
