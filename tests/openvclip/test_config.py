@@ -87,7 +87,7 @@ def test_a_run_goes_on_only_in_its_own_folder(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="another configuration \\(seed: 0, now 1\\)"):
         folder.open_for_training(to_dict(replace(config, seed=1)), FREE)
     folder.results.write_text("{}")
-    with pytest.raises(FileExistsError, match="finished run"):
+    with pytest.raises(FileExistsError, match=r"finished run; more --optimization\.epochs train it further"):
         folder.open_for_training(to_dict(config))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")

@@ -120,8 +120,8 @@ class RunFolder:
         if self.config.exists():
             if self.results.exists() and not goes_on:
                 raise FileExistsError(
-                    f"{self.path} holds a finished run; `openvclip evaluate {self.path}` evaluates it again, another "
-                    "--output trains anew."
+                    f"{self.path} holds a finished run; more --optimization.epochs train it further, if the schedule "
+                    f"is constant; `openvclip evaluate {self.path}` evaluates it again; another --output trains anew."
                 )
             if self.checkpoints.exists():
                 changed = differences(self.read_settings(), settings)
