@@ -51,7 +51,9 @@ def test_a_schedule_that_ends_somewhere_can_not_be_extended(small_world: dict[st
         train.main(["--resume", str(tmp_path), "--optimization.epochs", "3"])
 
 
-def test_a_stopped_run_is_evaluated_and_finished_where_it_is(small_world: dict[str, Path], tmp_path: Path) -> None:
+def test_a_stopped_run_is_evaluated_and_finished_where_it_is(
+    small_world: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     ended = trained(small_world, tmp_path / "ended", "--optimization.epochs", "2")
     stopped = tmp_path / "stopped"
     (ended / "checkpoints").rename(tmp_path / "checkpoints")
@@ -62,6 +64,7 @@ def test_a_stopped_run_is_evaluated_and_finished_where_it_is(small_world: dict[s
     (stopped / "config.json").write_text(json.dumps(config))
     (stopped / "journal.jsonl").write_text((ended / "journal.jsonl").read_text())
     evaluate.main([str(stopped)])
+    assert "has not ended: evaluated is what it had at its last checkpoint, step 8." in capsys.readouterr().out
     assert accuracies(stopped) == accuracies(ended)
     train.main(["--resume", str(stopped), "--finish"])
     assert_same(ended, stopped)

@@ -58,7 +58,7 @@ def evaluate_run(run: Path, options: OfRun) -> None:
         FileNotFoundError: There is no run, or it has no averaged weights yet.
         WeightMismatchError: The pretrained weights are not those that the run started from.
     """
-    from applications.openvclip import build
+    from applications.openvclip import build, distributed
     from applications.openvclip.commands.report import alone_in, report
     from applications.openvclip.inference import loading
     from applications.openvclip.ranges import check, evaluation_ranges
@@ -73,6 +73,8 @@ def evaluate_run(run: Path, options: OfRun) -> None:
         build.evaluation(loaded.source, config, build.protocols(config, classes)),
         temperatures={weight: found.temperature for weight, found in loaded.calibrations.items()},
     )
+    if loading.goes_on(folder) and distributed.rank() == 0:
+        print(f"{run} has not ended: evaluated is what it had at its last checkpoint, step {loaded.metadata['step']}.")
     with alone_in(folder):
         found = evaluation(loaded.anchor, loaded.theta, folder.logits, last=loaded.last)
         report(folder, found, to_dict(config))

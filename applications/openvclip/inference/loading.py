@@ -138,10 +138,11 @@ def so_far(folder: RunFolder, config: Config, source: PretrainedCLIP) -> Learnt:
     averager = build.averager(config.method, encoder, config)
     identity = {"classes": "", "pretrained weights": ""}
     state = {"identity": identity, "step": {"model": model, "averager": averager.state_dict()}}
-    checkpoints.load(state, part=True)
+    step = checkpoints.load(state, part=True)
     averager.load_state_dict(state["step"]["averager"])
     averaged = averager.weights if averager.n_averaged else model
-    return averaged, model, {"anchor": identity["pretrained weights"], "classes": identity["classes"]}
+    metadata = {"anchor": identity["pretrained weights"], "classes": identity["classes"], "step": str(step)}
+    return averaged, model, metadata
 
 
 def of_file(weights: str, model: ModelConfig) -> Loaded:
