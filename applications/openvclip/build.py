@@ -40,6 +40,7 @@ from applications.openvclip.training.optimisation import LearningRate, adamw
 from applications.openvclip.training.parallel import parallelised
 from applications.openvclip.training.profile import Profile
 from applications.openvclip.training.step import Step
+from applications.openvclip.training.teacher import Teacher
 from applications.openvclip.training.trainer import Saving, Trainer
 from applications.openvclip.training.watch import Watch
 from applications.openvclip.zeroshot.embeddings import kept_class_embeddings
@@ -48,6 +49,11 @@ from applications.openvclip.zeroshot.one_pass import Reading
 from applications.openvclip.zeroshot.protocols import Protocol, Sources, named
 from interpolate import InterpolatedWeightRegularizer, LAWAAverager, SWAAverager
 from interpolate.weights import Weights, trainable_weights
+
+IWR: tuple[Method, ...] = ("open-vclip", "iwr", "open-vclip+teacher")
+"""Methods that interpolate weights while training."""
+TAUGHT: tuple[Method, ...] = ("teacher", "open-vclip+teacher")
+"""Methods with a teacher in the loss."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ def training_order(config: Config, n_samples: int) -> TrainingOrder:
         world_size=distributed.world_size(),
     )
     if config.machine.parallel == "fsdp2":
-        if config.regularizer.alpha_per != "step" and config.method in ("open-vclip", "iwr"):
+        if config.regularizer.alpha_per != "step" and config.method in IWR:
             raise ValueError(
                 "--parallel fsdp2: all processes see one set of interpolated weights at a time, so that an alpha for "
                 "each micro-batch would depend on their number. Use --regularizer.alpha-per step."
@@ -209,6 +215,7 @@ def training_step(
         alpha_per=config.regularizer.alpha_per,
         clips_at_once=m.clips_at_once or order.micro_batch,
         precision=precision,
+        teacher=Teacher(encoder, config.teacher.weight, config.teacher.decay) if config.method in TAUGHT else None,
     )
 
 
@@ -377,7 +384,7 @@ def cache(data: DataConfig) -> Cache:
 
 def regularizer(method: Method, model: nn.Module, config: Config) -> InterpolatedWeightRegularizer | L2Penalty:
     """What keeps the weights near the anchor while training."""
-    if method in ("open-vclip", "iwr"):
+    if method in IWR:
         r = config.regularizer
         return InterpolatedWeightRegularizer(model, r.max_alpha, r.strength, seed=config.seed)
     return L2Penalty(model, strength=1.0 if method == "l2" else 0.0)

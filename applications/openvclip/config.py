@@ -13,7 +13,7 @@ from applications.openvclip.data.augmentation import Augmentation
 from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.runs.strict import structured
 
-Method = Literal["open-vclip", "fine-tuning", "iwr", "swa", "l2"]
+Method = Literal["open-vclip", "fine-tuning", "iwr", "swa", "l2", "teacher", "open-vclip+teacher"]
 Parallel = Literal["ddp", "fsdp2"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
@@ -97,6 +97,16 @@ class AveragerConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig:
+    """The average of the weights as a teacher, in the methods of that name."""
+
+    weight: float = 0.5
+    """Weight of the teacher's answer in what is learnt; the label has the rest."""
+    decay: float = 0.9998
+    """Of the teacher, which begins at the anchor, for each step."""
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When training is saved besides at its end and when it is stopped."""
 
@@ -167,7 +177,8 @@ class Config:
     recipe: str
     method: Method = "open-vclip"
     """What to train with. The others are the paper's baselines: fine-tuning (with the patch at anchor weights above 0),
-    iwr or swa alone, and l2: averaging with a penalty on the distance to the anchor in place of iwr."""
+    iwr or swa alone, and l2: averaging with a penalty on the distance to the anchor in place of iwr. And, after TACO,
+    teacher: averaging, with a moving average of the weights as a teacher in place of iwr, or beside it."""
     seed: int = 0
     """Of the sets of the miniature, the order of videos, their augmentation, and alpha."""
     output: Path | None = None
@@ -179,6 +190,7 @@ class Config:
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     regularizer: RegularizerConfig = field(default_factory=RegularizerConfig)
     averager: AveragerConfig = field(default_factory=AveragerConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     machine: conf.OmitArgPrefixes[MachineConfig] = field(default_factory=MachineConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

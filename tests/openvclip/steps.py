@@ -24,6 +24,7 @@ from applications.openvclip.training.l2_penalty import L2Penalty
 from applications.openvclip.training.optimisation import LearningRate, adamw
 from applications.openvclip.training.parallel import Parallel, parallelised, whole
 from applications.openvclip.training.step import Step
+from applications.openvclip.training.teacher import Teacher
 from interpolate import InterpolatedWeightRegularizer, SWAAverager
 from interpolate.weights import trainable_weights
 
@@ -57,6 +58,7 @@ class Plan:
     alpha_per: Any = "micro-batch"
     parallel: Parallel = "ddp"
     penalty: bool = False
+    taught: bool = False
     learning_rate: float = 0.1
     precision: Any = "fp32"
 
@@ -81,6 +83,7 @@ def small_step(plan: Plan) -> Step:
         alpha_per=plan.alpha_per,
         clips_at_once=plan.clips_at_once,
         precision=Precision(plan.precision, torch.device("cpu")),
+        teacher=Teacher(encoder, weight=0.5, decay=0.9) if plan.taught else None,
     )
 
 

@@ -1,9 +1,13 @@
 """The paper's baselines, and its recipes."""
 
+import copy
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from applications.openvclip import train
 from applications.openvclip.commands.train import parse
@@ -11,7 +15,9 @@ from applications.openvclip.recipes import RECIPES
 from applications.openvclip.runs.journal import read_journal
 from applications.openvclip.runs.weights import load_weights
 from applications.openvclip.training.l2_penalty import L2Penalty
-from tests.openvclip.steps import Scorer
+from applications.openvclip.training.teacher import Teacher
+from interpolate import load_weights as load_into
+from tests.openvclip.steps import Plan, Scorer, small_batches, small_step
 from tests.openvclip.test_commands import arguments
 
 
@@ -36,10 +42,57 @@ def test_the_l2_penalty_has_the_gradient_of_its_formula() -> None:
         L2Penalty(model, strength=-1)
 
 
+def test_the_loss_with_a_teacher_weighs_its_answers_and_the_labels() -> None:
+    torch.manual_seed(0)
+    model = Scorer()
+    anchor = copy.deepcopy(model)
+    teacher = Teacher(model, weight=0.3, decay=0.9)
+    x, labels, classes = torch.randn(5, 3, 2, 2, 2), torch.tensor([0, 3, 1, 1, 2]), torch.eye(4)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    teacher.update()
+    theta = dict(model.named_parameters())
+    average = {name: 0.9 * p + 0.1 * theta[name] for name, p in anchor.named_parameters()}
+    at_average = copy.deepcopy(model)
+    load_into(at_average, average)
+    logits = model(x, classes)
+    found = F.cross_entropy(logits, teacher.target(labels, lambda model: model(x, classes)))
+    answers = at_average(x, classes).softmax(-1).detach()
+    distillation = -(answers * logits.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(found, 0.3 * distillation + 0.7 * F.cross_entropy(logits, labels))
+    with pytest.raises(ValueError, match=r"in \[0, 1\], got 1.5"):
+        Teacher(model, weight=1.5, decay=0.9)
+
+
+def test_a_student_that_only_learns_from_its_teacher_stays_where_it_is() -> None:
+    step = replace(small_step(Plan(taught=True)), learning_rate=lambda _: 0.1)
+    step.teacher.weight = 1.0
+    values, _ = step(small_batches(step.order))
+    assert values["gradient_norm"] < 1e-6  # the teacher is the student still
+    assert step.teacher.average.n_averaged == 2
+
+
+def test_the_first_step_with_a_teacher_is_the_share_of_the_labels_and_training_goes_on_from_there() -> None:
+    taught, plain = (small_step(Plan(taught=taught)) for taught in (True, False))
+    batches = list(itertools.islice(small_batches(taught.order), taught.order.micro_batches))
+    taken = [taught(iter(batches))[0] for _ in range(6)]
+    assert taken[0]["gradient_norm"] == pytest.approx(0.5 * plain(iter(batches))[0]["gradient_norm"], rel=1e-5)
+    assert taken[-1]["loss"] < taken[0]["loss"]
+    assert taught.teacher.average.n_averaged == 7
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "averaged", "interpolated"),
-    [("fine-tuning", False, False), ("iwr", False, True), ("swa", True, False), ("l2", True, False)],
+    [
+        ("fine-tuning", False, False),
+        ("iwr", False, True),
+        ("swa", True, False),
+        ("l2", True, False),
+        ("teacher", True, False),
+        ("open-vclip+teacher", True, True),
+    ],
 )
 def test_each_baseline_trains_with_its_parts_alone(
     small_world: dict[str, Path], tmp_path: Path, method: str, averaged: bool, interpolated: bool

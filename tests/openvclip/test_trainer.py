@@ -65,9 +65,9 @@ def broken_off(batches: Iterator[MicroBatch], after: int) -> Iterator[MicroBatch
     raise BrokenOffError
 
 
-@pytest.mark.parametrize("penalty", [False, True])
-def test_a_resumed_run_equals_one_never_stopped(tmp_path: Path, penalty: bool) -> None:
-    plan = Plan(steps=STEPS, penalty=penalty)
+@pytest.mark.parametrize(("penalty", "taught"), [(False, False), (True, False), (False, True)])
+def test_a_resumed_run_equals_one_never_stopped(tmp_path: Path, penalty: bool, taught: bool) -> None:
+    plan = Plan(steps=STEPS, penalty=penalty, taught=taught)
     whole = make_trainer(tmp_path / "whole", plan)
     assert fit(whole) is None
     broken = make_trainer(tmp_path / "broken", plan, every=2)

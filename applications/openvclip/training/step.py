@@ -20,6 +20,7 @@ from applications.openvclip.model.precision import Precision
 from applications.openvclip.training.l2_penalty import L2Penalty
 from applications.openvclip.training.optimisation import LearningRate
 from applications.openvclip.training.parallel import number, synchronising
+from applications.openvclip.training.teacher import Teacher
 from interpolate import InterpolatedWeightRegularizer
 from interpolate.averaging import LAWAAverager, SWAAverager
 
@@ -51,6 +52,8 @@ class Step:
     clips_at_once: int
     """How many clips of a micro-batch go through the model together: memory grows with it, the gradient is the same."""
     precision: Precision
+    teacher: Teacher | None = None
+    """Whose answers are learnt besides the labels."""
     taken: int = 0
     """Steps so far."""
 
@@ -99,6 +102,8 @@ class Step:
         self.precision.scaler.step(self.optimizer)
         self.precision.scaler.update()
         self.averager.update()
+        if self.teacher:
+            self.teacher.update()
         self.taken += 1
         return values, sums
 
@@ -111,10 +116,13 @@ class Step:
             torch.manual_seed(self._seed(m, i))
             last = m == self.order.own[-1] and i == len(parts) - 1
             share = len(labels) / self.order.batch_size
+            target = labels
+            if self.teacher:
+                target = self.teacher.target(labels, lambda model, clips=clips: self._logits(model, clips))
             with synchronising(self.model, wanted=last):
                 loss = self.regularizer.backward(
-                    lambda model, clips=clips, labels=labels, share=share: scaler.scale(
-                        n * share * F.cross_entropy(self._logits(model, clips), labels)
+                    lambda model, clips=clips, target=target, share=share: scaler.scale(
+                        n * share * F.cross_entropy(self._logits(model, clips), target)
                     ),
                     index=self._alpha_index(m),
                 )
@@ -171,6 +179,7 @@ class Step:
             "optimizer": get_optimizer_state_dict(self.encoder, self.optimizer),
             "averager": self.averager.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
+            **({"teacher": self.teacher.state_dict()} if self.teacher else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -179,4 +188,6 @@ class Step:
         set_optimizer_state_dict(self.encoder, self.optimizer, state["optimizer"])
         self.averager.load_state_dict(state["averager"])
         self.precision.scaler.load_state_dict(state["scaler"])
+        if self.teacher:
+            self.teacher.load_state_dict(state["teacher"])
         self.taken = self.regularizer.step = state["taken"]
