@@ -1,0 +1,68 @@
+"""A whole run of the video encoder under torchrun is that of one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from applications.openvclip.miniature import tiny_clip
+from applications.openvclip.runs.journal import read_journal
+from tests.openvclip.test_commands import arguments
+
+pytestmark = pytest.mark.slow
+
+
+def trained(n: int, small_world: dict[str, Path], folder: Path, *more: str) -> Path:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+    options = arguments(small_world, folder, "--optimization.micro-batch", "1", *more)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "-m", "applications.openvclip.train", *options], check=True, env=environment)
+    return folder
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Without the biases of attention's keys: softmax does not see them, so that their gradients are rounding errors,
+    which AdamW makes steps of."""
+    squares = 0.0
+    for name in b:
+        difference = (a[name] - b[name]).double()
+        if name.endswith("attn.in_proj_bias"):
+            width = len(difference) // 3
+            difference[width : 2 * width] = 0
+        squares += difference.square().sum().item()
+    return squares**0.5
+
+
+@pytest.mark.parametrize(
+    ("n", "more"),
+    [
+        (2, ()),
+        (3, ()),
+        (2, ("--regularizer.alpha-per", "step")),
+        (2, ("--regularizer.alpha-per", "step", "--parallel", "fsdp2", "--activation-checkpointing")),
+    ],
+    ids=["ddp", "ddp, uneven", "one alpha", "fsdp2"],
+)
+def test_a_run_is_the_same_on_any_number_of_processes(
+    n: int, more: tuple[str, ...], small_world: dict[str, Path], tmp_path: Path
+) -> None:
+    alone = trained(1, small_world, tmp_path / "alone", *more[:2])
+    together = trained(n, small_world, tmp_path / "together", *more)
+    losses = [
+        [event["loss"] for event in read_journal(folder / "journal.jsonl") if event["event"] == "step"]
+        for folder in (alone, together)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    beginning = {name: p.detach() for name, p in tiny_clip.load().named_parameters() if name.startswith("visual.")}
+    for kind in ("last", "averaged"):
+        expected, found = (load_file(folder / f"{kind}.safetensors") for folder in (alone, together))
+        moved = distance(expected, beginning)
+        assert moved > 0.1
+        assert distance(found, {name: expected[name] for name in beginning}) < 1e-4 * moved
+    protocols = [json.loads((folder / "results.json").read_text())["protocols"] for folder in (alone, together)]
+    assert protocols[0]["closed"]["accuracy"]["0"] == protocols[1]["closed"]["accuracy"]["0"]
