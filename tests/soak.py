@@ -37,7 +37,7 @@ def soak(minutes: float, folder: Path) -> dict[str, list[float]]:
         *(sys.executable, "-m", "applications.openvclip.train", "miniature", "--output", str(folder / "run")),
         *("--data.train", str(world["train"]), "--data.test", str(world["closed"]), str(world["zs_object"])),
         *("--optimization.epochs", "100000", "--optimization.batch-size", "4", "--data.workers", "2"),
-        *("--checkpoint.every-steps", "20", "--evaluation.every-epochs", "20", "--evaluation.held-out", "zs_object"),
+        *("--checkpoint.every-steps", "20", "--in-training.every-epochs", "20", "--in-training.held-out", "zs_object"),
         "--tensorboard",
     ]
     journal = folder / "run" / "journal.jsonl"

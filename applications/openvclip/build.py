@@ -14,7 +14,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from applications.openvclip import distributed
-from applications.openvclip.config import Config, DataConfig, EvaluationConfig, Method, ModelConfig, to_dict
+from applications.openvclip.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    InTrainingConfig,
+    Method,
+    ModelConfig,
+    to_dict,
+)
 from applications.openvclip.data import layouts
 from applications.openvclip.data.dataset import TrainingClips
 from applications.openvclip.data.loader import MicroBatch, TrainingOrder, micro_batches
@@ -104,7 +112,7 @@ def run(config: Config) -> Run:
     to_evaluate = apart(source) if m.parallel == "fsdp2" else source
     step = training_step(source, config, order, precision, training_set.classes)
     evaluated = evaluation(to_evaluate, config, protocols(config, training_set.classes))
-    in_training = evaluated_in_training(evaluated.protocols, config.evaluation)
+    in_training = evaluated_in_training(evaluated.protocols, config.in_training)
     folder = RunFolder(config.output or distributed.on_first(lambda: new_path(config.recipe)))
     journal = Journal(folder.journal)
     clips = TrainingClips(training_set, config.sampling, source.image_size, config.augmentation, config.seed, cache(d))
@@ -120,7 +128,7 @@ def run(config: Config) -> Run:
         evaluating=evaluating(
             replace(evaluated, protocols=in_training, passes=embedded(in_training, evaluated.clip, source.tokenizer)),
             pretrained_weights,
-            config.evaluation,
+            config,
             order.steps_per_epoch,
             folder.logits / "in-training",
         )
@@ -268,31 +276,31 @@ def evaluation(source: PretrainedCLIP, config: Config, protocols: Sequence[Proto
     )
 
 
-def evaluated_in_training(protocols: Sequence[Protocol], e: EvaluationConfig) -> list[Protocol]:
+def evaluated_in_training(protocols: Sequence[Protocol], e: InTrainingConfig) -> list[Protocol]:
     """The closed set and the one that is held out, of what the run is evaluated on; none if only the end is."""
     held_out = [p for p in protocols if p.name == e.held_out]
     closed = [p for p in protocols if p.closed and p.name != e.held_out][:1]
     names = ", ".join(p.name for p in protocols)
     if e.held_out is not None and not held_out:
         raise ValueError(
-            f"--evaluation.held-out: there is no set or protocol {e.held_out}; --data.test and --evaluation.protocols "
+            f"--in-training.held-out: there is no set or protocol {e.held_out}; --data.test and --evaluation.protocols "
             f"have {names or 'none'}."
         )
     if not e.every_epochs:
         return []
     for name, found in (("held-out", held_out), ("closed", closed)):
         if e.best_by == name and not found:
-            raise ValueError(f"--evaluation.best-by {name}: there is no such set among {names or 'none'}.")
+            raise ValueError(f"--in-training.best-by {name}: there is no such set among {names or 'none'}.")
     if not closed + held_out:
         raise ValueError(
-            "--evaluation.every-epochs: there is nothing to evaluate on: no set has the classes of training, and "
-            f"--evaluation.held-out names none of {names or 'none'}."
+            "--in-training.every-epochs: there is nothing to evaluate on: no set has the classes of training, and "
+            f"--in-training.held-out names none of {names or 'none'}."
         )
     return closed + held_out
 
 
 def evaluating(
-    evaluation: Evaluation, anchor: Weights, e: EvaluationConfig, steps_per_epoch: int, folder: Path
+    evaluation: Evaluation, anchor: Weights, config: Config, steps_per_epoch: int, folder: Path
 ) -> Evaluating:
     """Evaluation while training goes on; its logits are kept only until it has ended."""
 
@@ -306,8 +314,9 @@ def evaluating(
         return distributed.on_first(conclude)
 
     kinds = {"closed": evaluation.protocols[:1], "held-out": evaluation.protocols[-1:], "mean": evaluation.protocols}
-    best_by = tuple(protocol.name for protocol in kinds[e.best_by])
-    return Evaluating(e.every_epochs * steps_per_epoch, accuracies, e.anchor_weight, best_by)
+    best_by = tuple(protocol.name for protocol in kinds[config.in_training.best_by])
+    every_steps = config.in_training.every_epochs * steps_per_epoch
+    return Evaluating(every_steps, accuracies, config.evaluation.anchor_weight, best_by)
 
 
 def clip(model: ModelConfig) -> PretrainedCLIP:

@@ -160,11 +160,16 @@ class EvaluationConfig:
     """In which numbers scores are computed: float32, TF32 on a GPU, or autocast to bfloat16 or float16."""
     compile: bool = False
     """Whether to compile the model first, which takes minutes and pays where there are many videos."""
+
+
+@dataclass(frozen=True)
+class InTrainingConfig:
+    """Evaluation of the average so far, at the anchor weights of the end, while training goes on."""
+
     every_epochs: int = 0
-    """Also evaluate the average so far, after every so many epochs of training, on the closed set and on `held_out`; 0:
-    at the end only. The checkpoint of the best is kept."""
+    """After every so many epochs; 0: at the end only. The checkpoint of the best is kept."""
     held_out: str | None = None
-    """Name of the other set or protocol to evaluate on while training; better none that is reported on."""
+    """Name of the set or protocol to evaluate on beside the closed set; better none that is reported on."""
     best_by: Literal["closed", "held-out", "mean"] = "mean"
     """The best is that of the highest accuracy, at the anchor weight of the final model, on the one or the other, or in
     the mean of them."""
@@ -194,11 +199,13 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     machine: conf.OmitArgPrefixes[MachineConfig] = field(default_factory=MachineConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    in_training: InTrainingConfig = field(default_factory=InTrainingConfig)
 
 
 FREE = (
     "output",
     "evaluation.",
+    "in_training.",
     "checkpoint.",
     "data.train",
     "data.test",

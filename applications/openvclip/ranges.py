@@ -51,8 +51,8 @@ def training_ranges(config: Config) -> Iterable[Range]:
     yield "checkpoint.every_minutes", c.every_minutes, "positive", c.every_minutes > 0
     yield "checkpoint.keep", c.keep, "at least 1", c.keep >= 1
     yield "clips_at_once", m.clips_at_once or 0, "at least 1", m.clips_at_once is None or m.clips_at_once >= 1
-    every_epochs = config.evaluation.every_epochs
-    yield "evaluation.every_epochs", every_epochs, "0 or more", every_epochs >= 0
+    every_epochs = config.in_training.every_epochs
+    yield "in_training.every_epochs", every_epochs, "0 or more", every_epochs >= 0
     yield "hang_limit_s", m.hang_limit_s, "positive", m.hang_limit_s > 0
     yield "augmentation.max_short_side", v.max_short_side, "finite and at least 1", 1 <= v.max_short_side < inf
     yield "augmentation.colour_jitter", v.colour_jitter, "in [0, 1]", 0 <= v.colour_jitter <= 1

@@ -144,15 +144,15 @@ def test_an_evaluation_that_a_signal_ended_is_made_up_for_when_training_goes_on(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--evaluation.held-out", "ucf"), "no set or protocol ucf; --data.test and .* have zs_object, closed"),
-        (("--evaluation.best-by", "held-out"), "best-by held-out: there is no such set among zs_object, closed"),
+        (("--in-training.held-out", "ucf"), "no set or protocol ucf; --data.test and .* have zs_object, closed"),
+        (("--in-training.best-by", "held-out"), "best-by held-out: there is no such set among zs_object, closed"),
         (("--data.test", "{zs_object}"), "nothing to evaluate on"),
     ],
 )
 def test_what_cannot_be_evaluated_on_is_named_before_training(small_world, tmp_path, more, message) -> None:
     more = [text.format(**small_world) for text in more]
     with pytest.raises(ValueError, match=message):
-        train.main(arguments(small_world, tmp_path / "run", "--evaluation.every-epochs", "1", *more))
+        train.main(arguments(small_world, tmp_path / "run", "--in-training.every-epochs", "1", *more))
     assert not (tmp_path / "run").exists()
 
 
@@ -177,7 +177,7 @@ def arguments(small_world: dict[str, Path], output: Path, *more: str) -> list[st
 def test_a_run_that_is_evaluated_on_the_way_is_that_of_one_that_is_not_and_its_last_is_the_result(
     small_world: dict[str, Path], tmp_path: Path
 ) -> None:
-    evaluated = ("--evaluation.every-epochs", "1", "--evaluation.held-out", "zs_object", "--tensorboard", "--profile")
+    evaluated = ("--in-training.every-epochs", "1", "--in-training.held-out", "zs_object", "--tensorboard", "--profile")
     train.main(arguments(small_world, tmp_path / "plain"))
     train.main(arguments(small_world, tmp_path / "evaluated", *evaluated))
     folder = tmp_path / "evaluated"
