@@ -65,8 +65,8 @@ class Mixing:
 def take_names(other: Checkpoint, path: str, parts: ThetaOnly, report: Report) -> None:
     """Let a checkpoint have theta's names if they differ by one prefix, and say so in the report."""
     names = parts.names(other.entries)
-    old, new = next(iter(names.items()), ("", ""))
-    if prefix := old.removesuffix(new) or new.removesuffix(old):
+    shorter, longer = sorted(next(iter(names.items()), ("", "")), key=len)
+    if prefix := longer.removesuffix(shorter):
         report.prefixes[path] = prefix
     other.rename(names)
 

@@ -17,7 +17,14 @@ T = TypeVar("T")
 
 
 def initialise() -> None:
-    """Join the other processes, if torchrun has started this one."""
+    """Join the other processes, if torchrun has started this one.
+
+    Raises:
+        ValueError: Slurm has started several, which do not know of each other: each would do all of the work.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(f"srun has started {tasks} processes without torchrun; start one torchrun on each node.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # shares of videos take unequal time

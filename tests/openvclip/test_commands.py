@@ -197,7 +197,7 @@ def test_evaluating_again_needs_no_training_videos_and_replaces_the_protocols(
 
 def test_weights_from_another_anchor_are_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((run / "config.json").read_text())
-    with pytest.raises(FileNotFoundError, match="its training has not ended"):
+    with pytest.raises(FileNotFoundError, match="nothing is learnt"):
         evaluate.main([str(tmp_path)])
     save_file(weights(run), tmp_path / "averaged.safetensors", {"anchor": "0123"})
     with pytest.raises(WeightMismatchError, match="fingerprint 0123"):

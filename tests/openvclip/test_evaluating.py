@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from applications.openvclip import train
 from applications.openvclip.build import evaluated_in_training
-from applications.openvclip.config import EvaluationConfig
+from applications.openvclip.config import InTrainingConfig
 from applications.openvclip.runs.folder import RunFolder
 from applications.openvclip.runs.journal import Journal, read_journal
 from applications.openvclip.training.checkpoints import Checkpoints
@@ -157,8 +157,8 @@ def test_what_cannot_be_evaluated_on_is_named_before_training(small_world, tmp_p
 
 
 def test_a_held_out_set_that_is_not_there_is_named_also_where_nothing_is_evaluated_on_the_way() -> None:
-    evaluation = EvaluationConfig(held_out="zs_objekt")
-    with pytest.raises(ValueError, match=r"--evaluation\.held-out: there is no set or protocol zs_objekt"):
+    evaluation = InTrainingConfig(held_out="zs_objekt")
+    with pytest.raises(ValueError, match=r"--in-training\.held-out: there is no set or protocol zs_objekt"):
         evaluated_in_training([], evaluation)
     assert evaluated_in_training([], replace(evaluation, held_out=None)) == []
 

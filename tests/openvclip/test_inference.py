@@ -232,7 +232,7 @@ def test_a_run_is_loaded_with_its_own_settings(run: Path, tmp_path: Path, video:
     state = classifier.loaded.source.clip.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in clip.state_dict().items())
     (tmp_path / "config.json").write_text((run / "config.json").read_text())
-    with pytest.raises(FileNotFoundError, match="its training has not ended"):
+    with pytest.raises(FileNotFoundError, match="nothing is learnt"):
         Classifier.load(tmp_path)
 
 

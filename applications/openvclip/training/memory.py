@@ -86,8 +86,10 @@ def peak_of_step(
         held = [torch.empty_like(p) for p in model.parameters() for _ in range(3 if replicated else 2)]
         for p in model.parameters():
             p.grad = torch.empty_like(p)  # of the micro-batch before; held are the two moments, and buckets
-        video = torch.empty(clips, 3, frames, *model.visual.image_size, device=device)
-        class_embeddings = torch.empty(CLASSES, whole.text_projection.shape[1], device=device)
+        size: Any = model.visual.image_size
+        projection: Any = whole.text_projection
+        video = torch.empty(clips, 3, frames, *size, device=device)
+        class_embeddings = torch.empty(CLASSES, projection.shape[1], device=device)
         labels = torch.zeros(clips, dtype=torch.long, device=device)
         numbers = Precision(precision, device)
 
