@@ -26,7 +26,6 @@ if __name__ != "__mp_main__":  # the processes that read videos import this scri
     from torch import nn
     from torch.nn.functional import cross_entropy, normalize
 
-    from applications.openvclip.build import on_device
     from applications.openvclip.data.augmentation import Augmentation
     from applications.openvclip.data.dataset import TrainingClips
     from applications.openvclip.data.loader import MicroBatch, TrainingOrder, micro_batches
@@ -45,6 +44,7 @@ if __name__ != "__mp_main__":  # the processes that read videos import this scri
     from applications.openvclip.training.step import Step
     from applications.openvclip.training.trainer import Saving, Trainer
     from applications.openvclip.training.watch import Watch
+    from applications.openvclip.training_run import on_device
     from interpolate import InterpolatedWeightRegularizer, SWAAverager
 
 FRAMES, CLASSES = 8, 10

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from applications.openvclip import train
-from applications.openvclip.build import evaluated_in_training
 from applications.openvclip.config import InTrainingConfig
 from applications.openvclip.runs.folder import RunFolder
 from applications.openvclip.runs.journal import Journal, read_journal
@@ -22,6 +21,7 @@ from applications.openvclip.training.interruption import Interruption
 from applications.openvclip.training.monitor import Monitor
 from applications.openvclip.training.trainer import Saving, Trainer
 from applications.openvclip.training.watch import Watch
+from applications.openvclip.training_run import evaluated_in_training
 from tests.openvclip import steps
 from tests.openvclip.steps import Plan, Scorer, small_batches, small_step
 

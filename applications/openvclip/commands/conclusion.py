@@ -15,7 +15,7 @@ from interpolate import patch
 from interpolate.weights import trainable_weights
 
 if TYPE_CHECKING:
-    from applications.openvclip.build import Run
+    from applications.openvclip.training_run import Run
 
 
 def conclude(run: Run) -> None:

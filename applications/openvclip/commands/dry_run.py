@@ -15,8 +15,8 @@ from applications.openvclip.config import Config
 if TYPE_CHECKING:
     import torch
 
-    from applications.openvclip.build import Run
     from applications.openvclip.training.planning import Pace
+    from applications.openvclip.training_run import Run
 
 STEPS = 3
 AT_ONCE = (1, 2, 4, 8)
@@ -31,10 +31,10 @@ def dry_run(config: Config) -> None:
     """
     from rich.console import Console
 
-    from applications.openvclip import build, distributed
+    from applications.openvclip import distributed, training_run
 
     with TemporaryDirectory() as folder:
-        run = build.run(replace(config, output=Path(distributed.on_first(lambda: folder)) / "run"))
+        run = training_run.run(replace(config, output=Path(distributed.on_first(lambda: folder)) / "run"))
         if run.order.last_step < 1 + STEPS:
             raise ValueError(f"--dry-run takes {1 + STEPS} steps, and the whole run has {run.order.last_step}.")
         console = Console(quiet=distributed.rank() > 0)

@@ -29,7 +29,7 @@ from applications.openvclip.recipes import RECIPES
 from applications.openvclip.runs.folder import RunFolder
 
 if TYPE_CHECKING:
-    from applications.openvclip.build import Run
+    from applications.openvclip.training_run import Run
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -65,7 +65,10 @@ def split(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     config, (options, _) = parse(arguments), split(arguments)
-    from applications.openvclip import build, distributed  # torch and the like take seconds; --help must not wait
+    from applications.openvclip import (  # torch and the like take seconds; --help must not wait
+        distributed,
+        training_run,
+    )
     from applications.openvclip.commands.dry_run import dry_run
     from applications.openvclip.commands.report import alone_in
 
@@ -76,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if options.dry_run:
             return dry_run(config)
-        run = build.run(config)
+        run = training_run.run(config)
         with alone_in(run.folder):
             stopped = train(run, config, finish=options.finish)
     except KeyboardInterrupt:

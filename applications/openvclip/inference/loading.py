@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from applications.openvclip import build
+from applications.openvclip import build, training_run
 from applications.openvclip.config import Config, ModelConfig, from_dict
 from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.inference.calibration import Calibration, read_calibrations
@@ -135,7 +135,7 @@ def so_far(folder: RunFolder, config: Config, source: PretrainedCLIP) -> Learnt:
         )
     encoder = VideoEncoder(source.clip)
     model = {name: tensor.detach().clone() for name, tensor in encoder.state_dict().items()}
-    averager = build.averager(config.method, encoder, config)
+    averager = training_run.averager(config.method, encoder, config)
     identity = {"classes": "", "pretrained weights": ""}
     state = {"identity": identity, "step": {"model": model, "averager": averager.state_dict()}}
     step = checkpoints.load(state, part=True)
