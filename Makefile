@@ -14,7 +14,7 @@ test: .venv/installed  ## Run the tests, a process for each core; what takes lon
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow' $(ARGS)
 
 test-all: test  ## Run every test: other libraries' models and trainers, kills, a whole run of the miniature
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m slow $(ARGS)
 
 check: .venv/installed  ## Lint, formatting, types, import rules
 	$(BIN)/ruff check
