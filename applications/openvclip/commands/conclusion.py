@@ -11,7 +11,7 @@ from applications.openvclip import distributed
 from applications.openvclip.commands.report import report
 from applications.openvclip.runs.weights import fingerprint, save_weights
 from applications.openvclip.training.parallel import whole
-from interpolate import patch
+from interpolate import SWAAverager, patch
 from interpolate.weights import trainable_weights
 
 if TYPE_CHECKING:
@@ -23,10 +23,11 @@ def conclude(run: Run) -> None:
     step, folder = run.trainer.step, run.folder
     last = whole(trainable_weights(step.encoder))
     averaged = whole(step.averager.weights) if step.averager.n_averaged else last
+    n_averaged = step.averager.n_averaged if isinstance(step.averager, SWAAverager) else 1
     weight = run.settings["evaluation"]["anchor_weight"]
     written = {
         folder.last: (last, f"fine-tuned weights after step {step.taken}"),
-        folder.averaged: (averaged, f"mean of {step.averager.n_averaged} fine-tuned weights"),
+        folder.averaged: (averaged, f"mean of {n_averaged} fine-tuned weights"),
         folder.patched: (patch(run.anchor, averaged, anchor_weight=weight), f"patched, anchor weight {weight:g}"),
     }
     metadata = {
@@ -48,7 +49,7 @@ def conclude(run: Run) -> None:
                 Console().print(f"{n} videos {what}: see {folder.journal}", soft_wrap=True)
 
     distributed.on_first(write)
-    apart = None if step.averager.n_averaged < 2 else last
+    apart = None if n_averaged < 2 else last
     report(folder, run.evaluation(run.anchor, averaged, folder.logits, last=apart), run.settings)
     if distributed.rank() == 0:
         run.journal.write("end", step=step.taken)
