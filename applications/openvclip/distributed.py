@@ -27,7 +27,13 @@ def initialise() -> None:
         raise ValueError(f"srun has started {tasks} processes without torchrun; start one torchrun on each node.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # shares of videos take unequal time
+        store: dict[str, Any] = {}
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's own outlives its processes: those that it restarts must not find the addresses of the former
+            shared = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+            attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
+            store = {"store": attempt, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        dist.init_process_group(backend, timeout=timedelta(days=1), **store)  # shares of videos take unequal time
 
 
 def finish() -> None:
