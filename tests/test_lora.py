@@ -127,6 +127,53 @@ def test_the_gradient_is_that_of_merged_weights_on_the_straight_path_from_the_ba
     torch.testing.assert_close(loss_fn(model), loss_fn(theta))  # scales are what they were
 
 
+class Attending(nn.Module):
+    """As the towers of open_clip, whose projections are no layers of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(8, 6), nn.Linear(6, 2)
+        self.attn = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens)
+        return self.head(self.attn(hidden, hidden, hidden, need_weights=False)[0].mean(1))
+
+
+@pytest.mark.parametrize("strategy", ["functional", "in_place"])
+def test_adapters_of_an_attention_are_regularized_on_the_path_from_the_base(strategy: str):
+    torch.manual_seed(0)
+    plain = Attending().double()
+    config = peft.LoraConfig(target_modules=["attn"], r=2, lora_alpha=3)
+    model = peft.get_peft_model(copy.deepcopy(plain), config).double()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(0.5 * torch.randn_like(p))
+    regularizer = InterpolatedWeightRegularizer(model, strategy=strategy)
+    alpha, beta = regularizer.alpha, regularizer.beta
+    # The update B A by factors of its own, not by a scale: PEFT up to 0.21 puts that of out_proj into the forward pass
+    # twice (huggingface/peft#3774), so that merged weights, written out here, would not be those of its model.
+    theta, tilde = copy.deepcopy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in tilde.named_parameters():
+            if "lora_B" in name:
+                p.mul_(1 - alpha)
+    loss_fn(theta).backward()
+    loss_fn(tilde).backward()
+    regularizer.backward(loss_fn)
+    torch.testing.assert_close(regularizer.interpolated_loss, loss_fn(tilde).detach())
+    at_tilde = dict(tilde.named_parameters())
+    factors = {name: p for name, p in theta.named_parameters() if p.requires_grad}
+    assert len(factors) == 4
+    for name, p in factors.items():
+        second = at_tilde[name].grad / (1 - alpha if "lora_A" in name else 1)  # tilde's A sees (1 - alpha) B
+        expected = p.grad + (1 - alpha) * beta * second
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, expected, msg=name)
+    torch.testing.assert_close(regularizer.at_anchor(TOKENS), plain(TOKENS))
+    torch.testing.assert_close(loss_fn(model), loss_fn(theta))
+
+
 def test_the_model_at_the_anchor_is_the_base():
     model = adapted(**CONFIGS["embedding and convolution"])
     regularizer = InterpolatedWeightRegularizer(model)

@@ -129,6 +129,34 @@ def ddp_with_checkpointing_is_right(rank: int) -> None:
     check_same_as_single_process(rank, Checkpointed, strategy="in_place")
 
 
+def ddp_of_adapters_is_right(rank: int) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted(seed: int = 0) -> nn.Module:
+        config = peft.LoraConfig(target_modules=["0", "2"], r=2, lora_alpha=3)
+        model = peft.get_peft_model(network(), config).double()
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_" in name:
+                    p.copy_(torch.randn_like(p))
+        return model
+
+    for ddp in ({}, {"gradient_as_bucket_view": True}, {"static_graph": True}):
+        single, wrapped = adapted(), DistributedDataParallel(adapted(), **ddp)
+        reference = InterpolatedWeightRegularizer(single, alpha_per_rank=False)
+        regularizer = InterpolatedWeightRegularizer(wrapped, alpha_per_rank=False)
+        optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (single, wrapped)]
+        for step in range(3):
+            reference.backward(mse(*joined(step)))
+            regularizer.backward(mse(*batch_of(rank, step)))
+            assert len(gradients(single)) == 4
+            torch.testing.assert_close(gradients(wrapped), gradients(single))
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=step == 0)
+
+
 def every_rank_draws_its_alpha_and_gradients_are_their_mean(rank: int) -> None:
     ddp = DistributedDataParallel(network())
     regularizer = InterpolatedWeightRegularizer(ddp, anchor=anchor())
