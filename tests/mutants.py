@@ -33,6 +33,10 @@ SNAPSHOTS = "tests/test_snapshots.py"
 CLI = "tests/test_cli.py"
 KERNELS = "tests/test_kernels.py"
 TEACHER = "tests/test_teacher.py"
+LORA = "tests/test_lora.py"
+DEPTH = "tests/test_depth.py"
+PULLING = "tests/test_pulling.py"
+THETA_ONLY = "tests/test_theta_only.py"
 
 MUTANTS = [
     # file, line or part of it, what it becomes, tests
@@ -202,6 +206,27 @@ MUTANTS = [
     ("__main__.py", "return int(report.differs)", "return 0", CLI),
     ("__main__.py", "raise error.own from None", "raise", CLI),
     ("_arguments.py", "if not f\"{module}.\".startswith(f\"{error.name}.\"):", "if False:", CLI),
+    ("_adapters.py", "new.div_(1 - alpha)", "new.mul_(1)", LORA),
+    ("_adapters.py", "with self.scaled(1 - alpha):", "with self.scaled(alpha):", LORA),
+    ("_adapters.py", "        finally:\n            for layer, scaling", "        except ValueError:\n            for layer, scaling", LORA),
+    ("_adapters.py", "getattr(layer, \"lora_variant\", None)", "False", LORA),
+    ("lora.py", "(s / scale)", "(scale / s)", LORA),
+    ("lora.py", "math.sqrt(r) if self.config.get(\"use_rslora\") else r", "r", LORA),
+    ("lora.py", "values[rank:]", "values[rank + 1:]", LORA),
+    ("lora.py", "fitting[0] if fitting else", "fitting[0] if False else", LORA),
+    ("lora.py", "        if wrong := [key for key in _UNKNOWN", "        if wrong := [key for key in ()", LORA),
+    ("depth.py", "first + (last - first) * i", "last + (first - last) * i", DEPTH),
+    ("depth.py", "/ (len(tower) - 1)", "/ len(tower)", DEPTH),
+    ("depth.py", "weights | {\"*\": first}", "{\"*\": first} | weights", DEPTH),
+    ("depth.py", "tower = container.rstrip(\"0123456789\")", "tower = container", DEPTH),
+    ("pulling.py", "lerp(shard, other, weight)", "lerp(other, shard, weight)", PULLING),
+    ("pulling.py", "target.detach().to(toward.dtype)", "target", PULLING),
+    ("pulling.py", "        _pulled(name, target, toward[name], weight)  #", "        pass  #", PULLING),
+    ("pulling.py", "    torch.clear_autocast_cache()", "    pass", PULLING),
+    ("_theta_only.py", "if name not in self.own}\n\n    def paired", "}\n\n    def paired", THETA_ONLY),
+    ("_theta_only.py", "anchor.detach()[:n], theta.detach()[n:]", "anchor.detach()[:n], anchor.detach()[n:]", THETA_ONLY),
+    ("_theta_only.py", "            if not fitting:", "            if False:", THETA_ONLY),
+    ("_theta_only.py", "        self._check_rows(theta, paired)", "        pass", THETA_ONLY),
     ("path.py", "self.n += 1", "pass", PATH),
     ("path.py", "[(total / self.n).to(dtype), tensor]", "[tensor, total]", PATH),
     ("path.py", "self.sums[name] = summed([total, weights[name]])", "pass", PATH),
