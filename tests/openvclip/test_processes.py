@@ -31,9 +31,9 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 ONE_ALPHA = replace(PLAN, alpha_per="step")
 PLANS = [
     PLAN,
-    replace(PLAN, penalty=True),
-    ONE_ALPHA,
-    replace(ONE_ALPHA, parallel="fsdp2"),
+    replace(PLAN, penalty=True, taught=True),
+    replace(ONE_ALPHA, taught=True),
+    replace(ONE_ALPHA, parallel="fsdp2", taught=True),
     replace(ONE_ALPHA, parallel="fsdp2", penalty=True),
 ]
 
