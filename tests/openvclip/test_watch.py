@@ -1,5 +1,6 @@
 """Ranks that die, hang or fail, under torchrun: the others end and name them."""
 
+import os
 import re
 import subprocess
 import sys
@@ -29,7 +30,7 @@ with Interruption() as interruption, Watch(limit_s={limit_s}) as watch:
         watch.step(step)
         fault(rank, step)
         dist.all_reduce(torch.ones(1))
-print(f"rank {{rank}} has finished")
+print(f"rank {{rank}} has finished\\n", end="", flush=True)
 dist.destroy_process_group()
 """
 
@@ -39,7 +40,8 @@ def training(tmp_path: Path, fault: str, *, n: int, limit_s: float) -> Iterator[
     script = tmp_path / "training.py"
     script.write_text(_TRAINING.format(fault=fault, limit_s=limit_s))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), str(script)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # without it torchrun says that it sets it
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as run:
         try:
             yield run
         finally:
@@ -57,9 +59,13 @@ def told(run: subprocess.Popen[str]) -> set[str]:
     ("fault", "n", "expected"),
     [
         ("raise ValueError('a bad thing')", 3, r"step 3: rank 1 ended with ValueError: a bad thing\."),
-        ("os.kill(os.getpid(), signal.SIGKILL)", 3, r"step 3: rank 1 does not answer \(last sign \d+ s ago, .*\)\."),
         (
-            "os.kill(os.getpid(), signal.SIGSTOP)",
+            "time.sleep(2); os.kill(os.getpid(), signal.SIGKILL)",
+            3,
+            r"step 3: rank 1 does not answer \(last sign \d+ s ago, .*\)\.",
+        ),
+        (
+            "time.sleep(2); os.kill(os.getpid(), signal.SIGSTOP)",  # after a first sign of life
             2,
             r"step 3 took longer than 8 s: rank 1 does not answer \(last sign \d+ s ago, in step \d, .*\)\.",
         ),
