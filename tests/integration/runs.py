@@ -69,6 +69,15 @@ def environment(pid: int) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
+def ranks(run: subprocess.Popen[str]) -> dict[int, int]:
+    """Process of each rank."""
+    found = {}
+    for pid in reversed(family(run.pid)):  # parents last: what a rank has started has its environment
+        if "RANK" in environment(pid):
+            found[int(environment(pid)["RANK"])] = pid
+    return found
+
+
 def kill(run: subprocess.Popen[str]) -> None:
     """As the end of a machine does: everything at once, without a warning."""
     for pid in family(run.pid):

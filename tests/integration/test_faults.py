@@ -18,10 +18,10 @@ from tests.integration.runs import (
     TIME_LIMIT_S,
     arguments,
     differences,
-    environment,
     family,
     finished,
     outcome,
+    ranks,
     running,
     wait_for_steps,
 )
@@ -42,15 +42,6 @@ def failed(arguments: list[str], n: int = 1) -> str:
         printed = run.communicate(timeout=TIME_LIMIT_S)[0]
     assert run.returncode in (1, 2), printed
     return printed
-
-
-def ranks(run: subprocess.Popen[str]) -> dict[int, int]:
-    """Process of each rank."""
-    found = {}
-    for pid in reversed(family(run.pid)):  # parents last: what a rank has started has its environment
-        if "RANK" in environment(pid):
-            found[int(environment(pid)["RANK"])] = pid
-    return found
 
 
 def readers(run: subprocess.Popen[str]) -> list[int]:
@@ -109,7 +100,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_with_its_name(
     small_world: dict[str, Path], tmp_path: Path, number: signal.Signals, expected: str
 ) -> None:
     with running(arguments(small_world, tmp_path / "run", *LONG, "--hang-limit-s", "30"), 2) as run:
-        wait_for_steps(run, tmp_path / "run", 3)
+        wait_for_steps(run, tmp_path / "run", 5)  # the checkpoint of step 4 waits for that of step 2
         os.kill(ranks(run)[1], number)
         printed = run.communicate(timeout=TIME_LIMIT_S)[0]
     assert run.returncode == 1

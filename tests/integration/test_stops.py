@@ -15,12 +15,12 @@ from tests.integration.runs import (
     TIME_LIMIT_S,
     arguments,
     differences,
-    environment,
     family,
     finished,
     n_starts,
     n_steps,
     outcome,
+    ranks,
     running,
     wait_for_steps,
 )
@@ -106,8 +106,7 @@ def test_torchrun_restarts_what_died_and_it_goes_on_by_itself(small_world: dict[
     folder = tmp_path / "run"
     with running(arguments(small_world, folder, *SHORT), 2, "--max-restarts", "1") as run:
         wait_for_steps(run, folder, 5)
-        ranks = [pid for pid in family(run.pid) if environment(pid).get("RANK") == "1"]
-        os.kill(ranks[0], signal.SIGKILL)
+        os.kill(ranks(run)[1], signal.SIGKILL)
         printed = run.communicate(timeout=TIME_LIMIT_S)[0]
     assert run.returncode == 0, printed
     assert [event["event"] for event in read_journal(folder / "journal.jsonl")].count("start") == 2

@@ -1,12 +1,14 @@
-"""Files made for tests: real videos, written by PyAV, and manifests."""
+"""Files made for tests: real videos, written by PyAV, manifests, and weights."""
 
 import csv
 from pathlib import Path
 
 import av
 import numpy as np
+import torch
+from safetensors.torch import save_file
 
-from applications.openvclip.miniature import tasks
+from applications.openvclip.miniature import tasks, tiny_clip
 
 
 def write_video(
@@ -78,3 +80,12 @@ def write_small_world(root: Path) -> dict[str, Path]:
             tasks.write_video(path, tasks.render(recipe))
         manifests[name] = write_manifest(root / name / "manifest.csv", [(r.file, r.label) for r in recipes])
     return manifests
+
+
+def write_theta(path: Path, *, change: float = 0.02, scale: float = 0) -> Path:
+    """Fine-tuned weights of the tiny CLIP, in a file: the image tower changed by noise, and the logarithmic scale."""
+    generator = torch.Generator().manual_seed(0)
+    whole = tiny_clip.load().state_dict()
+    tuned = {n: w + change * torch.randn(w.shape, generator=generator) for n, w in whole.items() if "visual." in n}
+    save_file(whole | tuned | {"logit_scale": whole["logit_scale"] + scale}, path)
+    return path

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from applications.openvclip.__main__ import main
 from applications.openvclip.data.manifest import read_manifest
@@ -17,7 +16,7 @@ from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.inference import export as exporting
 from applications.openvclip.inference.classifier import Classifier
 from applications.openvclip.inference.export import export
-from applications.openvclip.miniature import tiny_clip
+from tests.openvclip.files import write_theta
 
 LABELS = ["square", "cloud", "subset of", "hollow flag"]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "classify_exported.py"
@@ -25,13 +24,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "classify_exported.py"
 
 @pytest.fixture(scope="module")
 def theta(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fine-tuned weights of the tiny CLIP, in a file."""
-    path = tmp_path_factory.mktemp("weights") / "theta.safetensors"
-    generator = torch.Generator().manual_seed(0)
-    whole = tiny_clip.load().state_dict()
-    tuned = {n: w + 0.02 * torch.randn(w.shape, generator=generator) for n, w in whole.items() if "visual." in n}
-    save_file(whole | tuned, path)
-    return path
+    return write_theta(tmp_path_factory.mktemp("weights") / "theta.safetensors")
 
 
 @pytest.fixture

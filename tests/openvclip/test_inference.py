@@ -24,20 +24,14 @@ from applications.openvclip.zeroshot.confidence import calibration_error
 from applications.openvclip.zeroshot.logits import LogitFiles
 from applications.openvclip.zeroshot.results import read_results
 from interpolate import WeightMismatchError, load_weights, patch
-from tests.openvclip.files import write_manifest
+from tests.openvclip.files import write_manifest, write_theta
 
 SAMPLING = {"frames": 4, "stride": 2, "target_fps": 8, "views": 3, "crops": 3}
 
 
 @pytest.fixture(scope="module")
 def theta(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fine-tuned weights of the tiny CLIP, in a file."""
-    path = tmp_path_factory.mktemp("weights") / "theta.safetensors"
-    generator = torch.Generator().manual_seed(0)
-    whole = tiny_clip.load().state_dict()
-    tuned = {n: w + 0.02 * torch.randn(w.shape, generator=generator) for n, w in whole.items() if "visual." in n}
-    save_file(whole | tuned | {"logit_scale": whole["logit_scale"] - 0.3}, path)
-    return path
+    return write_theta(tmp_path_factory.mktemp("weights") / "theta.safetensors", scale=-0.3)
 
 
 @pytest.fixture

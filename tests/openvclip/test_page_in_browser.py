@@ -14,14 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from applications.openvclip.data.manifest import read_manifest
 from applications.openvclip.inference.classifier import Classifier
-from applications.openvclip.miniature import tiny_clip
 from benchmarks.page_under_load import load
 from tests.openvclip.bad_uploads import BAD, write_bad, write_clip
+from tests.openvclip.files import write_theta
 
 pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra e2e is not installed")
@@ -37,13 +35,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def theta(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fine-tuned weights of the tiny CLIP, in a file."""
-    path = tmp_path_factory.mktemp("weights") / "theta.safetensors"
-    generator = torch.Generator().manual_seed(0)
-    whole = tiny_clip.load().state_dict()
-    tuned = {n: w + 0.05 * torch.randn(w.shape, generator=generator) for n, w in whole.items() if "visual." in n}
-    save_file(whole | tuned | {"logit_scale": whole["logit_scale"] - 3}, path)  # bars that are neither 0 nor 100
-    return path
+    # bars that are neither 0 nor 100
+    return write_theta(tmp_path_factory.mktemp("weights") / "theta.safetensors", change=0.05, scale=-3)
 
 
 @pytest.fixture(scope="module")
