@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from interpolate._unmixable import adapter_factors
-from interpolate.atomic import replaced_path
+from interpolate.atomic import flushed, replaced_path
 from interpolate.weights import listed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -60,11 +60,10 @@ class Adapter:
         if os.path.exists(folder):
             raise FileExistsError(f"{os.fspath(folder)} exists; give a folder that does not.")
         with replaced_path(os.fspath(folder), folder=True) as path:
-            with open(os.path.join(path, CONFIG), "w", encoding="utf-8") as file:
-                json.dump(self.config, file, indent=2, sort_keys=True)
-            save_file(
-                {n: t.contiguous() for n, t in self.weights.items()}, os.path.join(path, WEIGHTS), {"format": "pt"}
-            )
+            with flushed(os.path.join(path, CONFIG)) as file:
+                file.write(json.dumps(self.config, indent=2, sort_keys=True).encode())
+            with flushed(os.path.join(path, WEIGHTS)) as file:
+                file.write(save({n: t.contiguous() for n, t in self.weights.items()}, {"format": "pt"}))
 
     def layers(self) -> dict[str, tuple[float, Tensor, Tensor, str]]:
         """Name of a layer → scale s, A of shape (r, in), B of shape (out, r), and what is before A and B in names."""
