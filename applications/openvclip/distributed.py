@@ -27,13 +27,20 @@ def initialise() -> None:
         raise ValueError(f"srun has started {tasks} processes without torchrun; start one torchrun on each node.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        store: dict[str, Any] = {}
+        joined: dict[str, Any] = {}
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun's own outlives its processes: those that it restarts must not find the addresses of the former
-            shared = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-            attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
-            store = {"store": attempt, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
-        dist.init_process_group(backend, timeout=timedelta(days=1), **store)  # shares of videos take unequal time
+            place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+            joined = {"store": store("processes", timedelta(minutes=5)), **place}
+        dist.init_process_group(backend, timeout=timedelta(days=1), **joined)  # shares of videos take unequal time
+
+
+def store(purpose: str, timeout: timedelta) -> dist.Store:
+    """A new connection to the store that torchrun keeps for its processes; what is in it is this attempt's, and of this
+    purpose."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    shared = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return dist.PrefixStore(f"{purpose}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
 
 
 def finish() -> None:
@@ -61,6 +68,11 @@ def device() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def here(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the device of this process."""
+    return {name: tensor.to(device()) for name, tensor in tensors.items()}
 
 
 def summed(values: list[float]) -> list[float]:

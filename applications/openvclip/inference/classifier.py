@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
+from applications.openvclip import distributed
 from applications.openvclip.config import ModelConfig
 from applications.openvclip.data.dataset import EvaluationViews
 from applications.openvclip.data.sampling import Sampling
@@ -59,7 +60,8 @@ class Classifier(ModelHubMixin):
         self.templates = loaded.templates
         self.normalisation = Normalisation(source.image_mean, source.image_std)
         self.encoder = VideoEncoder(source.clip, temporal=loaded.theta is not None, edge=loaded.model.edge).eval()
-        self._theta = loaded.anchor if loaded.theta is None else _beside(loaded.anchor, loaded.theta)
+        self._anchor = distributed.here(loaded.anchor)
+        self._theta = self._anchor if loaded.theta is None else distributed.here(loaded.theta)
         self._embeddings: dict[tuple[LabelSet, tuple[str, ...]], Tensor] = {}
         self._lock = threading.RLock()
         self.anchor_weight = loaded.anchor_weight
@@ -137,7 +139,7 @@ class Classifier(ModelHubMixin):
         if self.loaded.theta is None and anchor_weight != 1:
             raise ValueError(f"anchor_weight: there are no fine-tuned weights, so it is 1, got {anchor_weight}.")
         with self._lock:
-            load_weights(self.encoder, patch(self.loaded.anchor, self._theta, anchor_weight=anchor_weight))
+            load_weights(self.encoder, patch(self._anchor, self._theta, anchor_weight=anchor_weight))
             self._anchor_weight = anchor_weight
 
     @contextmanager
@@ -264,9 +266,3 @@ class Classifier(ModelHubMixin):
             found = self.calibration
             logits = torch.cat([logits, torch.full_like(logits[:, :1], found.threshold)], dim=1) / found.temperature
         return logits.softmax(dim=1)
-
-
-def _beside(anchor: dict[str, Tensor], theta: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Theta where the anchor is."""
-    device = next(iter(anchor.values())).device
-    return {name: tensor.to(device) for name, tensor in theta.items()}

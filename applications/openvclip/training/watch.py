@@ -20,6 +20,8 @@ from typing import Literal
 
 import torch.distributed as dist
 
+from applications.openvclip import distributed
+
 _BEAT_S = 1.0
 _SILENT_BEATS = 5
 
@@ -61,7 +63,6 @@ class Watch:
         """Last sign of each other rank, and how many beats ago it came."""
         self._beats_in_step = 0
         self._n_begun = 0
-        self._is_limited = False
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -88,12 +89,7 @@ class Watch:
         """Say that step n begins."""
         self._own.step = n
         self._n_begun += 1
-        self._is_limited = self._n_begun > 1
         self._beats_in_step = 0
-
-    def between_steps(self) -> None:
-        """Say that what comes before the next step may take any time, as an evaluation may."""
-        self._is_limited = False
 
     def explained(self, error: Exception) -> Exception:
         """The error itself; or where a collective failed, one that names the rank that ended or does not answer."""
@@ -109,7 +105,7 @@ class Watch:
     def _run(self) -> None:
         """In the thread."""
         try:
-            store = _store()
+            store = distributed.store("watch", timedelta(seconds=10))  # of this thread alone: others wait in theirs
             while True:
                 self._beat(store)
                 self._end_if_stuck(store)
@@ -146,7 +142,7 @@ class Watch:
 
     def _end_if_stuck(self, store: dist.Store) -> None:
         """Where the main thread will not come back from a collective by itself."""
-        limit_s = self.limit_s if self._is_limited else math.inf
+        limit_s = self.limit_s if self._n_begun > 1 else math.inf
         if any(sign.state == "raised" for sign, _ in self._others.values()):
             limit_s = min(limit_s, 2 * _SILENT_BEATS * _BEAT_S)
         if self._own.state != "running" or self._beats_in_step * _BEAT_S <= limit_s:
@@ -183,14 +179,6 @@ class Watch:
     def _places(self) -> list[str]:
         signs = {dist.get_rank(): self._own} | {rank: sign for rank, (sign, _) in self._others.items()}
         return [f"rank {rank} in step {sign.step}, {sign.where}" for rank, sign in sorted(signs.items())]
-
-
-def _store() -> dist.Store:
-    """A connection of this thread's own to the store that torchrun keeps; the others wait in theirs."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    timeout = timedelta(seconds=10)
-    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-    return dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _is_of_a_collective(error: Exception) -> bool:

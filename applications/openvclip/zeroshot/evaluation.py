@@ -70,9 +70,11 @@ class Evaluation:
             anchor: The pretrained weights.
             theta: The fine-tuned weights, under the same names.
             folder: Where logits are kept; an evaluation that was interrupted goes on with them.
-            last: The weights that training ended with, where `theta` is their average: a path of their own.
+            last: The weights that training ended with, a path of their own, unless they are `theta`.
             advance: Called as it gets on; an exception from it ends the evaluation.
         """
+        if theta is not None and last is not None and all(theta[name].equal(tensor) for name, tensor in last.items()):
+            last = None
         scorers = scorers_of(self.clip, self.edge, anchor, theta, self.anchor_weights, last, compiled=self.compile)
         results: dict[str, ProtocolResult] = {}
         with progress_bar(Console(quiet=distributed.rank() > 0)) as progress:
@@ -123,16 +125,12 @@ def scorers_of(
     if compiled:
         per_frame.compile()  # in place, so that names stay; weights are inputs: one compilation serves them all
         temporal.compile()
-    anchor = _on_device(anchor)
+    anchor = distributed.here(anchor)
     scorers = {BASELINE: at_weights(per_frame, anchor)}
     for prefix, tuned in (("", theta), (LAST, last)):
         if tuned is not None:
-            tuned = _on_device(tuned)
+            tuned = distributed.here(tuned)
             for weight in sorted({0.0, *anchor_weights}):
                 patched = patch(anchor, tuned, anchor_weight=weight)
                 scorers[f"{prefix}{weight:g}"] = at_weights(temporal, patched)
     return scorers
-
-
-def _on_device(weights: Weights) -> dict[str, Tensor]:
-    return {name: tensor.to(distributed.device()) for name, tensor in weights.items()}
