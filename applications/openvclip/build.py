@@ -13,7 +13,6 @@ from applications.openvclip.config import (
     Config,
     DataConfig,
     EvaluationConfig,
-    Method,
     ModelConfig,
 )
 from applications.openvclip.data import layouts
@@ -30,9 +29,6 @@ from applications.openvclip.zeroshot.evaluation import Evaluation, embedded
 from applications.openvclip.zeroshot.one_pass import Reading
 from applications.openvclip.zeroshot.protocols import Protocol, Sources, named
 from interpolate.weights import trainable_weights
-
-IWR: tuple[Method, ...] = ("open-vclip", "iwr", "open-vclip+teacher")
-"""Methods that interpolate weights while training."""
 
 
 def evaluation(source: PretrainedCLIP, config: Config, protocols: Sequence[Protocol]) -> Evaluation:

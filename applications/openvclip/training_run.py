@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -50,7 +49,7 @@ from applications.openvclip.training.watch import Watch
 from applications.openvclip.zeroshot.embeddings import kept_class_embeddings
 from applications.openvclip.zeroshot.evaluation import Evaluation, embedded
 from applications.openvclip.zeroshot.protocols import Protocol
-from interpolate import InterpolatedWeightRegularizer, LAWAAverager, SWAAverager
+from interpolate import InterpolatedWeightRegularizer, SWAAverager
 from interpolate.weights import Weights
 
 IWR: tuple[Method, ...] = ("open-vclip", "iwr", "open-vclip+teacher")
@@ -63,20 +62,18 @@ TAUGHT: tuple[Method, ...] = ("teacher", "open-vclip+teacher")
 class Run:
     """What it takes to fine-tune, average, patch and evaluate."""
 
-    settings: dict[str, Any]
-    """The configuration as plain values, for the record."""
+    config: Config
     folder: RunFolder
     journal: Journal
     clips: TrainingClips
     order: TrainingOrder
-    clip: nn.Module
-    """A whole CLIP, whose image tower is as the trainer's, its weights apart where those are in shards."""
     anchor: dict[str, Tensor]
     """A copy of the pretrained weights, on the CPU; the model's own are trained."""
     trainer: Trainer
     micro_batches: Callable[[int], Iterator[MicroBatch]]
     """Those of this process from a step on."""
     evaluation: Evaluation
+    """Its CLIP is the one that is trained, or where weights are in shards one with weights of its own."""
 
 
 def run(config: Config) -> Run:
@@ -145,12 +142,11 @@ def run(config: Config) -> Run:
         )
 
     return Run(
-        settings=to_dict(config),
+        config=config,
         folder=folder,
         journal=journal,
         clips=clips,
         order=order,
-        clip=evaluated.clip,
         anchor=pretrained_weights,
         trainer=trainer,
         micro_batches=batches_from,
@@ -302,8 +298,8 @@ def regularizer(method: Method, model: nn.Module, config: Config) -> Interpolate
 
 def averager(
     method: Method, model: nn.Module, config: Config, steps_per_epoch: int | None = None
-) -> SWAAverager | LAWAAverager:
-    """The mean of the weights; without averaging, of the last weights alone.
+) -> SWAAverager | None:
+    """The mean of the weights, for methods that have one.
 
     Args:
         method: Says whether to average.
@@ -312,7 +308,7 @@ def averager(
         steps_per_epoch: None for an averager that takes no snapshots, but goes on from those of another.
     """
     if method in ("fine-tuning", "iwr"):
-        return LAWAAverager(model, k=1)
+        return None
     if steps_per_epoch is None:
         return SWAAverager(model)
     a, epochs = config.averager, config.optimization.epochs

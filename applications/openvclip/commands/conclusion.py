@@ -9,9 +9,10 @@ from rich.console import Console
 
 from applications.openvclip import distributed
 from applications.openvclip.commands.report import report
+from applications.openvclip.config import to_dict
 from applications.openvclip.runs.weights import fingerprint, save_weights
 from applications.openvclip.training.parallel import whole
-from interpolate import SWAAverager, patch
+from interpolate import patch
 from interpolate.weights import trainable_weights
 
 if TYPE_CHECKING:
@@ -22,23 +23,22 @@ def conclude(run: Run) -> None:
     """Write the last weights, their average and the patched model, and evaluate; all processes call it together."""
     step, folder = run.trainer.step, run.folder
     last = whole(trainable_weights(step.encoder))
-    averaged = whole(step.averager.weights) if step.averager.n_averaged else last
-    n_averaged = step.averager.n_averaged if isinstance(step.averager, SWAAverager) else 1
-    weight = run.settings["evaluation"]["anchor_weight"]
+    averaged, n_averaged = step.average()
+    weight = run.config.evaluation.anchor_weight
     written = {
         folder.last: (last, f"fine-tuned weights after step {step.taken}"),
-        folder.averaged: (averaged, f"mean of {n_averaged} fine-tuned weights"),
+        folder.averaged: (averaged, f"mean of {n_averaged or 1} fine-tuned weights"),
         folder.patched: (patch(run.anchor, averaged, anchor_weight=weight), f"patched, anchor weight {weight:g}"),
     }
     metadata = {
         "anchor": fingerprint(run.anchor),
-        "seed": str(run.settings["seed"]),
+        "seed": str(run.config.seed),
         "step": str(step.taken),
         "classes": json.dumps(run.clips.manifest.classes),
     }
 
     def write() -> None:
-        rest = run.clip.state_dict()  # with the text tower, so that it loads wherever such a CLIP does
+        rest = run.evaluation.clip.state_dict()  # with the text tower, so that it loads wherever such a CLIP does
         for path, (weights, content) in written.items():
             save_weights(path, rest | weights, metadata | {"content": content})
         for fault, what in (
@@ -49,7 +49,6 @@ def conclude(run: Run) -> None:
                 Console().print(f"{n} videos {what}: see {folder.journal}", soft_wrap=True)
 
     distributed.on_first(write)
-    apart = None if n_averaged < 2 else last
-    report(folder, run.evaluation(run.anchor, averaged, folder.logits, last=apart), run.settings)
+    report(folder, run.evaluation(run.anchor, averaged, folder.logits, last=last), to_dict(run.config))
     if distributed.rank() == 0:
         run.journal.write("end", step=step.taken)

@@ -38,12 +38,12 @@ def dry_run(config: Config) -> None:
         if run.order.last_step < 1 + STEPS:
             raise ValueError(f"--dry-run takes {1 + STEPS} steps, and the whole run has {run.order.last_step}.")
         console = Console(quiet=distributed.rank() > 0)
-        for line in report(run, config, pace_of(run, config)):
+        for line in report(run, pace_of(run)):
             console.print(line, soft_wrap=True, highlight=False)
         distributed.barrier()
 
 
-def pace_of(run: Run, config: Config) -> Pace:
+def pace_of(run: Run) -> Pace:
     """Steps of the run, timed; the first is left out, in which readers start and kernels are chosen."""
     from applications.openvclip import distributed
     from applications.openvclip.training.planning import Pace
@@ -65,7 +65,7 @@ def pace_of(run: Run, config: Config) -> Pace:
         decoding_s=decoding_s(run),
         clips=len(run.order.own) * run.order.micro_batch,
         processes=processes,
-        workers=config.data.workers,
+        workers=run.config.data.workers,
         cores=max(1, len(os.sched_getaffinity(0)) // here),
     )
 
@@ -87,14 +87,14 @@ def decoding_s(run: Run) -> float:
     return sum(used) / len(used)  # some can be read: steps have been taken
 
 
-def report(run: Run, config: Config, pace: Pace) -> Iterator[str]:
+def report(run: Run, pace: Pace) -> Iterator[str]:
     """The lines that are printed."""
     from applications.openvclip import distributed
     from applications.openvclip.training.memory import memory_of
     from applications.openvclip.training.monitor import peak_memory_gb
     from applications.openvclip.training.planning import advice
 
-    o, m, device = config.optimization, config.machine, distributed.device()
+    o, m, device = run.config.optimization, run.config.machine, distributed.device()
     on_gpu, step = device.type == "cuda", run.trainer.step
     trained = sum(p.numel() for p in step.encoder.parameters())
     yield f"parameters: {trained / 1e6:.1f} million trained, on {pace.processes} x {name_of(device)}"
@@ -104,7 +104,7 @@ def report(run: Run, config: Config, pace: Pace) -> Iterator[str]:
     )
     shards = pace.processes if m.parallel == "fsdp2" else 1
     settings = {
-        "frames": config.sampling.frames,
+        "frames": run.config.sampling.frames,
         "precision": m.precision,
         "replicated": pace.processes > 1 and m.parallel == "ddp",
     }

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from applications.openvclip.config import Config, free, from_dict
+from applications.openvclip.config import Config, free, from_dict, to_dict
 from applications.openvclip.recipes import RECIPES
 from applications.openvclip.runs.folder import RunFolder
 
@@ -65,10 +65,8 @@ def split(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     config, (options, _) = parse(arguments), split(arguments)
-    from applications.openvclip import (  # torch and the like take seconds; --help must not wait
-        distributed,
-        training_run,
-    )
+    # torch and the like take seconds, for which --help must not wait
+    from applications.openvclip import distributed, training_run
     from applications.openvclip.commands.dry_run import dry_run
     from applications.openvclip.commands.report import alone_in
 
@@ -81,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return dry_run(config)
         run = training_run.run(config)
         with alone_in(run.folder):
-            stopped = train(run, config, finish=options.finish)
+            stopped = train(run, finish=options.finish)
     except KeyboardInterrupt:
         if run is None or not run.folder.config.exists():
             raise  # nothing has begun
@@ -100,12 +98,11 @@ def continuation(folder: Path, *, finish: bool) -> str:
     return shlex.join([*program, "--resume", str(folder), *(["--finish"] if finish else [])])
 
 
-def train(run: Run, config: Config, *, finish: bool = False) -> str | None:
+def train(run: Run, *, finish: bool = False) -> str | None:
     """Fine-tune, average, patch and evaluate; an unfinished run in the same folder is continued.
 
     Args:
         run: What it takes.
-        config: What it was built from.
         finish: Whether to take no more steps.
 
     Returns:
@@ -119,7 +116,7 @@ def train(run: Run, config: Config, *, finish: bool = False) -> str | None:
 
     trainer, folder = run.trainer, run.folder
     console = Console(quiet=distributed.rank() > 0)
-    changed = distributed.on_first(lambda: opened(run, config, finish=finish))
+    changed = distributed.on_first(lambda: opened(run, finish=finish))
     console.print(f"run: {folder.path}", soft_wrap=True)
     trainer.resume()
     trainer.evaluated |= distributed.on_first(lambda: begun(run, changed))
@@ -143,15 +140,15 @@ def begun(run: Run, changed: list[str]) -> set[int]:
     from applications.openvclip.runs.provenance import provenance
 
     taken = run.trainer.step.taken
-    run.folder.write_settings(run.settings)
+    run.folder.write_settings(to_dict(run.config))
     run.journal.cut(taken)
-    run.journal.write("start", **provenance(), step=taken, config=run.settings, changed=changed)
+    run.journal.write("start", **provenance(), step=taken, config=to_dict(run.config), changed=changed)
     events = read_journal(run.journal.path)
     run.trainer.reported |= {(event["event"], event["video"]) for event in events if "video" in event}
     return {event["step"] for event in events if event["event"] == "evaluation"}
 
 
-def opened(run: Run, config: Config, *, finish: bool) -> list[str]:
+def opened(run: Run, *, finish: bool) -> list[str]:
     """Make the run's folder, or see that it may go on there: the settings in which it then differs.
 
     Raises:
@@ -164,4 +161,4 @@ def opened(run: Run, config: Config, *, finish: bool) -> list[str]:
     if finish and not steps:
         raise ValueError(f"{run.folder.path} has no checkpoint yet: there is nothing to finish.")
     goes_on = bool(steps) and steps[-1] < last
-    return run.folder.open_for_training(run.settings, free(config), goes_on=goes_on)
+    return run.folder.open_for_training(to_dict(run.config), free(run.config), goes_on=goes_on)

@@ -46,7 +46,7 @@ class Loaded:
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
     """By anchor weight; made with this sampling and these templates."""
     last: dict[str, Tensor] | None = None
-    """What training ended with, where `theta` is an average of several weights."""
+    """What training ended with, of a run; `theta` is its average."""
 
 
 def load(source: str | Path | None, model: ModelConfig) -> Loaded:
@@ -92,7 +92,7 @@ def of_run(folder: RunFolder) -> Loaded:
         model=config.model,
         anchor=anchor,
         theta=theta,
-        last=None if all(theta[name].equal(w) for name, w in last.items()) else last,
+        last=last,
         anchor_weight=config.evaluation.anchor_weight,
         sampling=config.sampling,
         templates=TEMPLATES[config.data.templates],
@@ -137,10 +137,14 @@ def so_far(folder: RunFolder, config: Config, source: PretrainedCLIP) -> Learnt:
     model = {name: tensor.detach().clone() for name, tensor in encoder.state_dict().items()}
     averager = training_run.averager(config.method, encoder, config)
     identity = {"classes": "", "pretrained weights": ""}
-    state = {"identity": identity, "step": {"model": model, "averager": averager.state_dict()}}
+    state: dict[str, Any] = {"identity": identity, "step": {"model": model}}
+    if averager:
+        state["step"]["averager"] = averager.state_dict()
     step = checkpoints.load(state, part=True)
-    averager.load_state_dict(state["step"]["averager"])
-    averaged = averager.weights if averager.n_averaged else model
+    averaged = model
+    if averager:
+        averager.load_state_dict(state["step"]["averager"])
+        averaged = averager.weights if averager.n_averaged else model
     metadata = {"anchor": identity["pretrained weights"], "classes": identity["classes"], "step": str(step)}
     return averaged, model, metadata
 

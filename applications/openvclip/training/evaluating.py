@@ -8,9 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from applications.openvclip.training.parallel import whole
 from applications.openvclip.training.step import Step
-from interpolate.weights import trainable_weights
 
 Accuracies = dict[str, dict[str, float]]
 """In [0, 1], by protocol, then by anchor weight, and of CLIP*."""
@@ -41,13 +39,12 @@ class Evaluating:
         Returns:
             The value by which weights are compared, and what is worth writing down.
         """
-        averaged = step.averager.n_averaged > 0
-        weights = whole(step.averager.weights if averaged else trainable_weights(step.encoder))
+        weights, n_averaged = step.average()
         accuracy = self.accuracies(weights, advance)
         step.model.train()  # the models of an evaluation share modules with it
         value = sum(accuracy[name][f"{self.anchor_weight:g}"] for name in self.best_by) / len(self.best_by)
         return value, {
-            "weights": f"mean of {step.averager.n_averaged}" if averaged else "last",
+            "weights": f"mean of {n_averaged}" if n_averaged else "last",
             "anchor_weight": self.anchor_weight,
             "accuracy": accuracy,
             "best_by": list(self.best_by),

@@ -19,10 +19,10 @@ from applications.openvclip.data.loader import MicroBatch, TrainingOrder
 from applications.openvclip.model.precision import Precision
 from applications.openvclip.training.l2_penalty import L2Penalty
 from applications.openvclip.training.optimisation import LearningRate
-from applications.openvclip.training.parallel import number, synchronising
+from applications.openvclip.training.parallel import number, synchronising, whole
 from applications.openvclip.training.teacher import Teacher
-from interpolate import InterpolatedWeightRegularizer
-from interpolate.averaging import LAWAAverager, SWAAverager
+from interpolate import InterpolatedWeightRegularizer, SWAAverager
+from interpolate.weights import trainable_weights
 
 
 @dataclass
@@ -43,7 +43,8 @@ class Step:
     optimizer: torch.optim.Optimizer
     learning_rate: LearningRate
     regularizer: InterpolatedWeightRegularizer | L2Penalty
-    averager: SWAAverager | LAWAAverager
+    averager: SWAAverager | None
+    """None for methods without averaging."""
     max_gradient_norm: float
     order: TrainingOrder
     """Which micro-batches a step has, and which of them are this process's."""
@@ -101,7 +102,8 @@ class Step:
             raise FloatingPointError(self._not_finite(values, seen))
         self.precision.scaler.step(self.optimizer)
         self.precision.scaler.update()
-        self.averager.update()
+        if self.averager:
+            self.averager.update()
         if self.teacher:
             self.teacher.update()
         self.taken += 1
@@ -167,6 +169,13 @@ class Step:
             f"{where}. The weights are still those of the step before; lower the learning rate or look at these videos."
         )
 
+    def average(self) -> tuple[dict[str, Tensor], int]:
+        """The average so far, out of its shards and on the CPU, and of how many snapshots; 0 before there are any and
+        without averaging: the last weights then. All processes call it together."""
+        if self.averager and self.averager.n_averaged:
+            return whole(self.averager.weights), self.averager.n_averaged
+        return whole(trainable_weights(self.encoder)), 0
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on as if training had never stopped.
 
@@ -177,8 +186,8 @@ class Step:
             "taken": self.taken,
             "model": self.encoder.state_dict(),
             "optimizer": get_optimizer_state_dict(self.encoder, self.optimizer),
-            "averager": self.averager.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
+            **({"averager": self.averager.state_dict()} if self.averager else {}),
             **({"teacher": self.teacher.state_dict()} if self.teacher else {}),
         }
 
@@ -186,8 +195,9 @@ class Step:
         """Go on from what `state_dict` gave."""
         self.encoder.load_state_dict(state["model"])
         set_optimizer_state_dict(self.encoder, self.optimizer, state["optimizer"])
-        self.averager.load_state_dict(state["averager"])
         self.precision.scaler.load_state_dict(state["scaler"])
+        if self.averager:
+            self.averager.load_state_dict(state["averager"])
         if self.teacher:
             self.teacher.load_state_dict(state["teacher"])
         self.taken = self.regularizer.step = state["taken"]
