@@ -177,6 +177,9 @@ class WeightAverager(ABC):
         to its buffers is forgotten. Under DDP, it is the module inside and nothing is communicated; with weights
         sharded by FSDP2, every rank has to call this, and gathers.
 
+        The average is made for the call and not kept, as a second module would be. That takes as long as a clone of the
+        weights; micro-batches of one step can share it: `averager.run(lambda model: [model(x) for x in batches])`.
+
         Raises:
             RuntimeError: Nothing has been averaged yet, or the model is TorchScript's.
             WeightMismatchError: The model's trainable weights are no longer those that have been averaged.
