@@ -5,8 +5,9 @@ python benchmarks/teacher_step.py "wide MLP"
 
 Time: a pass of the teacher over a plain pass of the model without gradient, in seconds of the processor, which other
 processes hardly change. Memory: the peak of a step with the teacher in the loss and an update of its average, in copies
-of the parameters, above that of a plain step; each in a process of its own. `copy of the average` is a deep copy that the averager's weights are loaded into before each pass; `float32
-copy` is a deep copy that is itself the average, by lerp: the smallest there is, and no averager.
+of the parameters, above that of a plain step; each in a process of its own. `copy of the average` is a deep copy that
+the averager's weights are loaded into before each pass; `float32 copy` is a deep copy that is itself the average, by
+lerp: the smallest there is, and no averager.
 """
 
 from __future__ import annotations
