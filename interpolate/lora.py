@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from interpolate._adapters import INITS_ON_THE_BASE
 from interpolate._unmixable import adapter_factors
 from interpolate.atomic import flushed, replaced_path
 from interpolate.weights import listed
@@ -32,7 +33,6 @@ _UNKNOWN = (  # what makes the update another one than s B A, or moves the base
     "velora_config", "target_parameters", "monteclora_config", "kasa_config", "arrow_config",
     "trainable_token_indices", "megatron_config",
 )  # fmt: skip
-_INITS = True, False, "gaussian", "eva", "orthogonal"
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Adapter:
             raise ValueError(f"{side} is an adapter of type {self.config.get('peft_type')}; only LORA can be mixed.")
         if wrong := [key for key in _UNKNOWN if self.config.get(key)]:
             raise ValueError(f"{side} has {listed(wrong)}: its update is not s B A of whole weights. Merge it first.")
-        if (init := self.config.get("init_lora_weights", True)) not in _INITS:
+        if (init := self.config.get("init_lora_weights", True)) not in INITS_ON_THE_BASE:
             raise ValueError(
                 f"{side} was begun by init_lora_weights={init!r}, which changes the base: save it by PEFT's "
                 "path_initial_model_for_weight_conversion, or merge it first."

@@ -39,9 +39,10 @@ class InterpolatedWeightRegularizer(AlphaSequence):
     of modules: buffers, and tensors and containers of Python's in their attributes (caches, counters, metrics). Objects
     of other kinds, and what `loss_fn` changes outside of the model, see both passes. Dropout draws a mask in each.
 
-    With LoRA (PEFT's layers and those with an attribute `scaling`) the anchor is the base model, whatever the adapters
-    hold: their update is interpolated, by its scale, as `anchor + (1 - alpha) * s * B @ A`, with the exact gradient of
-    both factors. Neither the base nor the factors are in `anchor`. DoRA and other adapters are refused.
+    With LoRA (PEFT's layers and those with an attribute `scaling`) the anchor is the base model, with adapters that are
+    frozen, whatever the trained ones hold: their update is interpolated, by its scale, as
+    `anchor + (1 - alpha) * s * B @ A`, with the exact gradient of both factors. Neither the base nor the factors are in
+    `anchor`. DoRA and other adapters are refused, and those that begin by changing the base, as PiSSA does.
 
     Under DDP, give the wrapped model: the pass at the interpolated weights communicates nothing, and the plain one
     synchronises the sum of both. Where `find_unused_parameters` is needed, both passes must use the same parameters.

@@ -200,6 +200,41 @@ def test_adapters_whose_update_is_not_scaled_are_refused(config):
         InterpolatedWeightRegularizer(peft.get_peft_model(Net(), config))
 
 
+def test_a_variant_of_lora_with_the_same_weights_is_refused():
+    model = adapted(**CONFIGS["plain"])
+    model.base_model.model.fc.lora_variant["default"] = object()  # as DoRA has one, and VeLoRA, whose names are LoRA's
+    with pytest.raises(ValueError, match=r"the adapters' weights base_model\.model\.fc\.lora_A.* can't be regularized"):
+        InterpolatedWeightRegularizer(model)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_adapters_that_begin_by_changing_the_base_are_refused(init: str):
+    config = peft.LoraConfig(target_modules=["fc"], r=2, init_lora_weights=init)
+    with pytest.raises(ValueError, match=f"was begun by init_lora_weights='{init}', which changes"):
+        InterpolatedWeightRegularizer(peft.get_peft_model(Net(), config))
+
+
+def test_a_frozen_adapter_beside_the_trained_one_belongs_to_the_anchor():
+    model = adapted(target_modules=["fc", "embed"], r=2)
+    model.add_adapter("second", peft.LoraConfig(target_modules=["fc"], r=3))
+    model = model.double()
+    model.base_model.set_adapter(["default", "second"])
+    torch.manual_seed(5)
+    for name, p in model.named_parameters():
+        p.requires_grad_("second" in name)
+        if "second" in name:
+            p.data.add_(0.3 * torch.randn_like(p))
+    regularizer = InterpolatedWeightRegularizer(model)
+    before = copy.deepcopy(model)
+    before.base_model.set_adapter("default")
+    torch.testing.assert_close(regularizer.at_anchor(TOKENS), before(TOKENS))
+    anchor, theta = (merged(m).state_dict() for m in (before, model))
+    tilde = Net().double()
+    tilde.load_state_dict(patch(anchor, theta, anchor_weight=regularizer.alpha))
+    regularizer.backward(loss_fn)
+    torch.testing.assert_close(regularizer.interpolated_loss, loss_fn(tilde).detach())
+
+
 def test_merged_adapters_are_refused():
     model = adapted(**CONFIGS["plain"])
     regularizer = InterpolatedWeightRegularizer(model)
