@@ -40,7 +40,7 @@ def running(stubborn: bool) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_the_first_signal_lets_the_step_end(name: str) -> None:
     with running(stubborn=False) as process:
         process.send_signal(signal.Signals[name])
@@ -58,6 +58,17 @@ def test_the_second_ends_at_once_even_in_c_code_but_not_one_press_that_comes_twi
             process.wait(1.1)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 128 + signal.SIGTERM
+
+
+def test_what_is_ignored_stays_so() -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interruption.signal is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
 
 
 def test_the_former_handlers_come_back() -> None:

@@ -69,8 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from applications.openvclip import distributed, training_run
     from applications.openvclip.commands.dry_run import dry_run
     from applications.openvclip.commands.report import alone_in
+    from applications.openvclip.training.interruption import heeded
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # what is not a step of training is interrupted as by Ctrl-C
+    for number in heeded():  # what is not a step of training is interrupted as by Ctrl-C
         signal.signal(number, signal.default_int_handler)
     distributed.initialise()
     is_first, run, stopped = distributed.rank() == 0, None, None
