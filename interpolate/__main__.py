@@ -1,12 +1,15 @@
 """`python -m interpolate`: checkpoints mixed, looked at and checked from the command line.
 
 Exit codes: 0 done (`diff`: equal), 1 `diff` or `verify` found something, 2 bad input or a file that can't be read or
-written (one line on the standard error), 130 interrupted. What a function given to `--evaluate` raises is shown whole.
+written (one line on the standard error), 130 interrupted, 141 nobody reads what is printed any more. What a function
+given to `--evaluate` raises is shown whole.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except EvaluateError as error:
         raise error.own from None
+    except BrokenPipeError:  # who reads what is printed has enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         print(f"interpolate {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -275,3 +275,12 @@ def test_progress_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, c
 def test_it_runs_as_a_module():
     command = [sys.executable, "-m", "interpolate", "diff", *PAIR]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 1
+
+
+def test_a_reader_that_has_enough_ends_it_quietly() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "interpolate", "inspect", PAIR[0]]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -1,13 +1,15 @@
 """The console script: `openvclip VERB …`.
 
 Exit codes: 0 done, 1 a video that `predict` could not read, or a fault of this program with its traceback, 2 bad input
-with one message, 130 interrupted.
+with one message, 130 interrupted, 141 nobody reads what is printed any more.
 """
 
 from __future__ import annotations
 
 import dis
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from types import TracebackType
@@ -45,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"openvclip {verb}: interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # who reads what is printed has enough, such as `head`; there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         if not is_mistake(error):
             raise

@@ -1,5 +1,6 @@
 """What a user gets wrong is found before the first video and told in one line; a fault of the program is traced."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -139,3 +140,12 @@ def test_what_the_interpreter_refuses_inside_the_program_is_no_mistake() -> None
     with pytest.raises(ValueError, match="zip") as found:
         Manifest("m", "", ("a.mp4",), (), ("cloud",)).of_classes({"cloud"}, "n")
     assert not is_mistake(found.value)
+
+
+def test_a_reader_that_has_enough_ends_it_quietly() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "applications.openvclip", "train", "--help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
