@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from applications.openvclip import evaluate, train
 from applications.openvclip.runs.journal import read_journal
+from applications.openvclip.training.checkpoints import Checkpoints
 from tests.openvclip.test_commands import arguments
 
 pytestmark = pytest.mark.slow
@@ -43,6 +44,20 @@ def test_a_run_is_extended_by_resuming_with_more_epochs(small_world: dict[str, P
         ValueError, match=r"--optimization\.epochs: the run has taken 12 steps, and there are 8 of them"
     ):
         train.main(["--resume", str(extended), "--optimization.epochs", "2"])
+
+
+def test_the_best_weights_on_the_way_are_left_beside_the_last(
+    small_world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_best = Checkpoints.keep_best
+    monkeypatch.setattr(Checkpoints, "keep_best", lambda self, step, value: keep_best(self, step, -step))
+    early = trained(small_world, tmp_path / "early", "--averager.start-epoch", "0", "--optimization.epochs", "1")
+    options = ("--averager.start-epoch", "0", "--in-training.every-epochs", "1", "--checkpoint.keep", "1")
+    whole = trained(small_world, tmp_path / "whole", *options)
+    expected, found = load_file(early / "averaged.safetensors"), load_file(whole / "best.safetensors")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert expected.keys() == found.keys()
+    assert not (early / "best.safetensors").exists()
 
 
 def test_a_schedule_that_ends_somewhere_can_not_be_extended(small_world: dict[str, Path], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from applications.openvclip import distributed
 from applications.openvclip.commands.report import report
 from applications.openvclip.config import to_dict
+from applications.openvclip.inference.loading import so_far
 from applications.openvclip.runs.weights import fingerprint, save_weights
 from applications.openvclip.training.parallel import whole
 from interpolate import patch
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 
 def conclude(run: Run) -> None:
-    """Write the last weights, their average and the patched model, and evaluate; all processes call it together."""
+    """Write the last weights, their average, the patched model and the best on the way, and evaluate; all processes
+    call it together."""
     step, folder = run.trainer.step, run.folder
     last = whole(trainable_weights(step.encoder))
     averaged, n_averaged = step.average()
@@ -30,6 +32,10 @@ def conclude(run: Run) -> None:
         folder.averaged: (averaged, f"mean of {n_averaged or 1} fine-tuned weights"),
         folder.patched: (patch(run.anchor, averaged, anchor_weight=weight), f"patched, anchor weight {weight:g}"),
     }
+    best = distributed.on_first(run.trainer.checkpoints.best)
+    if best and best[0] < step.taken:
+        found = so_far(folder, run.config, run.evaluation.clip, step=best[0])[0]
+        written[folder.best] = found, f"fine-tuned weights at step {best[0]}, the best on the way ({best[1]:.4g})"
     metadata = {
         "anchor": fingerprint(run.anchor),
         "seed": str(run.config.seed),
@@ -38,6 +44,7 @@ def conclude(run: Run) -> None:
     }
 
     def write() -> None:
+        folder.best.unlink(missing_ok=True)  # of an earlier end
         rest = run.evaluation.clip.state_dict()  # with the text tower, so that it loads wherever such a CLIP does
         for path, (weights, content) in written.items():
             save_weights(path, rest | weights, metadata | {"content": content})

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from open_clip.model import CLIP
 from torch import Tensor
 
 from applications.openvclip import build, training_run
@@ -80,7 +81,7 @@ def of_run(folder: RunFolder) -> Loaded:
         config = replace(config, model=replace(config.model, pretrained=str(beside)))
     source = build.clip(config.model)
     anchor = build.anchor(source)
-    averaged, last, metadata = so_far(folder, config, source) if goes_on(folder) else finished(folder)
+    averaged, last, metadata = so_far(folder, config, source.clip) if goes_on(folder) else finished(folder)
     if metadata["anchor"] != fingerprint(anchor):
         raise WeightMismatchError(
             f"{folder.path} was trained from other pretrained weights than {config.model.name} "
@@ -122,8 +123,8 @@ def finished(folder: RunFolder) -> Learnt:
     return averaged, last, metadata
 
 
-def so_far(folder: RunFolder, config: Config, source: PretrainedCLIP) -> Learnt:
-    """What a run that goes on, or was stopped, had learnt at its last checkpoint.
+def so_far(folder: RunFolder, config: Config, clip: CLIP, step: int | None = None) -> Learnt:
+    """What a run had learnt at its last checkpoint, or at that of another step.
 
     Raises:
         FileNotFoundError: There is no checkpoint yet.
@@ -133,14 +134,14 @@ def so_far(folder: RunFolder, config: Config, source: PretrainedCLIP) -> Learnt:
         raise FileNotFoundError(
             f"{folder.path} has neither {folder.averaged.name} nor a checkpoint: nothing is learnt."
         )
-    encoder = VideoEncoder(source.clip)
+    encoder = VideoEncoder(clip)
     model = {name: tensor.detach().clone() for name, tensor in encoder.state_dict().items()}
     averager = training_run.averager(config.method, encoder, config)
     identity = {"classes": "", "pretrained weights": ""}
     state: dict[str, Any] = {"identity": identity, "step": {"model": model}}
     if averager:
         state["step"]["averager"] = averager.state_dict()
-    step = checkpoints.load(state, part=True)
+    step = checkpoints.load(state, part=True, step=step)
     averaged = model
     if averager:
         averager.load_state_dict(state["step"]["averager"])

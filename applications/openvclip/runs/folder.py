@@ -64,6 +64,11 @@ class RunFolder:
         return self.path / "patched.safetensors"
 
     @property
+    def best(self) -> Path:
+        """The mean so far, where an evaluation in training found it best, if that was before the end."""
+        return self.path / "best.safetensors"
+
+    @property
     def results(self) -> Path:
         return self.path / "results.json"
 

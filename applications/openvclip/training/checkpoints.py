@@ -15,6 +15,7 @@ import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,22 +70,23 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def load(self, state: dict[str, Any], *, part: bool = False) -> int | None:
-        """Read the newest checkpoint that is whole: tensors into those of `state`, everything else into its dicts.
+    def load(self, state: dict[str, Any], *, part: bool = False, step: int | None = None) -> int | None:
+        """Read a checkpoint that is whole: tensors into those of `state`, everything else into its dicts.
 
         Args:
             state: What to read, in the form of what was saved.
             part: Whether `state` may be a part of what was saved.
+            step: Of which checkpoint; by default of the newest that is whole.
 
         Returns:
             Its step; None if there is no checkpoint, and then nothing has been changed.
 
         Raises:
             CheckpointError: The checkpoint is of another state than this; the message says where they differ.
-            ValueError: There are checkpoints, and none of them is whole.
+            ValueError: There are checkpoints, and none of them is whole; or that of `step` is not.
         """
         self.wait()
-        step = on_first(self.newest, self._group)
+        step = on_first(self.newest if step is None else partial(self._whole, step), self._group)
         if step is not None:
             load_state(str(self._path(step)), state, self._group, part=part)
         return step
@@ -111,6 +113,11 @@ class Checkpoints:
         if problems:
             raise ValueError(f"no checkpoint in {self.folder} is whole: {'; '.join(problems)}. Begin a new run.")
         return None
+
+    def _whole(self, step: int) -> int:
+        if problem := damage(self._path(step)):
+            raise ValueError(f"{problem}.")
+        return step
 
     def keep_best(self, step: int, value: float) -> None:
         """Keep the checkpoint of this step, beside the last ones, until another's value is higher.

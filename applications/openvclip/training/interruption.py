@@ -10,8 +10,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""What terminals send for Ctrl-C, what torchrun, systemd and containers send, Slurm's `--signal=USR1`, and what a terminal
-sends that is closed."""
+"""What terminals send for Ctrl-C; what torchrun, systemd and containers send; Slurm's `--signal=USR1`; and what a
+terminal sends that is closed."""
 
 _SAME_S = 1.0
 """A terminal's Ctrl-C reaches a process twice under torchrun, from the terminal and from torchrun."""
