@@ -17,6 +17,7 @@ from types import TracebackType
 VERBS = {
     "train": "fine-tune, average, patch and evaluate: the built-in miniature, or a recipe of the paper",
     "evaluate": "a finished run again, or weights from elsewhere, under the paper's protocols or your own",
+    "reproduce": "the paper's figures again: the published weights under its protocols, and the difference",
     "predict": "what videos show, among labels of your own",
     "features": "the embeddings of many videos, in a file",
     "search": "such a file by words or by a video, as a list and a page",

@@ -17,6 +17,7 @@ OPTIONS = Path(__file__).with_name("options")
         ("train.txt", ["train", "miniature"]),
         ("evaluate.txt", ["evaluate"]),
         ("evaluate_run.txt", ["evaluate", "runs/mine"]),
+        ("reproduce.txt", ["reproduce"]),
         ("predict.txt", ["predict"]),
         ("calibrate.txt", ["calibrate"]),
         ("export.txt", ["export"]),

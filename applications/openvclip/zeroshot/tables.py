@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from applications.openvclip.zeroshot.published import published
+from applications.openvclip.zeroshot.published import OTHERS, figure, published
 from applications.openvclip.zeroshot.results import BASELINE, LAST, ProtocolResult, Results, mean_std, percent
 
 
@@ -71,6 +71,34 @@ def markdown(results: Results) -> str:
     for r in results.protocols.values():
         if final in r.per_class and BASELINE in r.per_class:
             lines += ["", f"## Classes of {r.protocol}", "", *_changes(r, final)]
+    return "\n".join(lines) + "\n"
+
+
+def beside_the_published(results: Results) -> str:
+    """Every figure that the paper has of this model, one's own, and the difference where the protocol is the same."""
+    final = f"{results.anchor_weight:g}"
+    methods = {BASELINE: BASELINE, "Open-VCLIP": final}
+    rows, unlike = [], False
+    for protocol, k in _columns({r.protocol: r.top_k for r in results.protocols.values()}):
+        r = results.protocols[protocol]
+        for method, scorer in methods.items():
+            if scorer not in r.accuracy:
+                continue
+            told, found = figure(protocol, results.model, method, k), r.text(scorer, k)
+            difference = "-"
+            if told:
+                unlike |= published(r, results.model, method, k) is None
+                difference = f"{100 * r.mean_std(scorer, k)[0] - float(told.partition('±')[0]):+.1f}"
+                difference += "" if published(r, results.model, method, k) else " ?"
+            rows.append([f"{protocol}, top-{k}", method, told or "-", found, difference, f"`{r.hash}`"])
+    lines = _markdown_table(["protocol", "", "published", "here", "difference", "hash"], rows)
+    if unlike:
+        lines += ["", "? The hash is not that of the published protocol: other lists, names, sentences or views."]
+    model = results.model.removesuffix("-quickgelu")
+    others = [[who, figures[model]] for who, figures in OTHERS.items() if model in figures]
+    if others:
+        lines += ["", *_markdown_table(["what came after", "UCF-101 / HMDB-51 / Kinetics-600, as reported"], others)]
+        lines += ["", "Each of these is under a protocol of its own, so none of them is a difference to the above."]
     return "\n".join(lines) + "\n"
 
 
