@@ -23,7 +23,7 @@ check: .venv/installed  ## Lint, formatting, types, import rules
 	$(BIN)/lint-imports
 
 bench: .venv/installed  ## Run every benchmark; results go to benchmarks/results
-	set -e; for script in $(filter-out benchmarks/measuring.py benchmarks/quoted.py benchmarks/gpu_check.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
+	set -e; for script in $(filter-out benchmarks/measuring.py benchmarks/quoted.py benchmarks/costs.py benchmarks/gpu_check.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
 
 gpu-check: .venv/installed  ## What has to be known of GPUs: distributed tests, memory, speed; without one, scaled down
 	$(BIN)/python benchmarks/gpu_check.py

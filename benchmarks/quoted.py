@@ -1,4 +1,4 @@
-"""What the README quotes of the miniature: its table and its plot, both made from the one results.json that is shipped.
+"""What pages quote of results that are shipped: the miniature's table and plot, what things cost, docs/performance.md.
 
 python benchmarks/quoted.py runs/miniature-…    # ship the results of a run, and quote them
 python benchmarks/quoted.py                     # quote anew what is shipped
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from applications.openvclip.zeroshot.plot import plot_tradeoff
 from applications.openvclip.zeroshot.results import BASELINE, ProtocolResult, Results, read_results
+from benchmarks import costs
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -20,6 +21,8 @@ SHIPPED = Path(__file__).parent / "results" / "miniature" / "results.json"
 PLOT = SHIPPED.with_name("tradeoff.png")
 
 _TABLE = re.compile(r"\| set \| classes \|.*?\n\n", re.DOTALL)
+_COSTS = re.compile(r"\| \| time, or as said.*?\n\n", re.DOTALL)
+PERFORMANCE = ROOT / "docs" / "performance.md"
 
 
 def table(results: Results) -> str:
@@ -41,13 +44,20 @@ def _row(result: ProtocolResult, scorers: tuple[str, ...]) -> str:
     return f"| {name} | {result.classes} | {' | '.join(cells)} |"
 
 
+def cost_table() -> str:
+    return costs.table([row for row in costs.costs() if row.headline])
+
+
 def main(arguments: list[str]) -> None:
     if arguments:
         shutil.copyfile(Path(arguments[0]) / "results.json", SHIPPED)
     results = read_results(SHIPPED)
-    text, replaced = _TABLE.subn(lambda _: table(results) + "\n", README.read_text(encoding="utf-8"))
-    assert replaced == 1, f"{README} has {replaced} tables of the miniature, 1 was expected."
+    text = README.read_text(encoding="utf-8")
+    for pattern, new in ((_TABLE, table(results)), (_COSTS, cost_table())):
+        text, replaced = pattern.subn(lambda _, new=new: new + "\n", text)
+        assert replaced == 1, f"{README} has {replaced} tables of {pattern.pattern}, 1 was expected."
     README.write_text(text, encoding="utf-8")
+    PERFORMANCE.write_text(costs.page(), encoding="utf-8")
     plot_tradeoff(PLOT, results)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from applications.openvclip.zeroshot.plot import drawn_from
 from applications.openvclip.zeroshot.results import read_results
-from benchmarks import quoted
+from benchmarks import costs, quoted
 from interpolate.__main__ import main
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -51,6 +51,11 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         assert (python, module, name) == ("python", "-m", "interpolate")
         assert main(arguments) == 0, command
     assert capsys.readouterr().out.endswith("as its recipe says\n")
+
+
+def test_what_things_cost_is_what_was_measured():
+    assert quoted.cost_table() in README
+    assert quoted.PERFORMANCE.read_text() == costs.page()
 
 
 def test_the_table_and_the_plot_of_the_miniature_are_those_of_the_results_that_are_shipped():

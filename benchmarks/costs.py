@@ -1,0 +1,146 @@
+"""What things cost, as tables of the results that are shipped: some for the README, all for docs/performance.md.
+
+Every figure comes out of a file of `benchmarks/results`, so that none is older or better than what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A row: what something costs, and against what."""
+
+    what: str
+    figure: str
+    against: str
+    script: str
+    """Name of the benchmark without its ending."""
+    headline: bool = False
+    """Whether the README has it too."""
+
+
+def results(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def quartiles(ratio: Mapping[str, float]) -> str:
+    """Median and quartiles, as "1.08 (1.04 to 1.13)"."""
+    return f"{ratio['median']:.2f} ({ratio['quartile_1']:.2f} to {ratio['quartile_3']:.2f})"
+
+
+def costs() -> list[Cost]:
+    """All rows, in the order of the tables."""
+    rows = []
+    for model, found in results("iwr_step")["results"].items():
+        floor = found["time_over_floor"]
+        figure = f"{quartiles(floor['functional'])}; swapped in place {quartiles(floor['in_place'])}"
+        figure += f"; the published procedure {quartiles(floor['published'])}"
+        rows.append(
+            Cost(f"a regularized step, {model}", figure, "two passes and one update, the floor", "iwr_step", True)
+        )
+    for model, copies in results("iwr_memory")["peak_above_plain_step_in_copies_of_the_parameters"].items():
+        figure = f"{copies['functional']:.1f} copies of the parameters more, the anchor being one"
+        rows.append(Cost(f"its peak of memory, {model}", figure, "a plain step", "iwr_memory", model == "ViT-B/32"))
+    update = results("averaging_update")
+    figure = f"{quartiles(update['time_over_copy']['SWAAverager'])}; `AveragedModel` "
+    figure += (
+        f"{quartiles(update['time_over_copy']['AveragedModel'])}, its `multi_avg_fn` in float32, which stands still "
+    )
+    figure += f"after many steps, {quartiles(update['time_over_copy']['AveragedModel, multi_avg_fn'])}"
+    rows.append(
+        Cost(f"an averaging update, {update['model']}", figure, "a copy of the weights", "averaging_update", True)
+    )
+    teacher = results("teacher_step")
+    for case, found in teacher["time_over_plain_pass"].items():
+        figure = f"{quartiles(found['averager(x)'])}; at the anchor {quartiles(found['regularizer.at_anchor(x)'])}"
+        rows.append(
+            Cost(
+                f"a pass at the average, {case}",
+                figure,
+                "a plain pass without gradient",
+                "teacher_step",
+                "64" in case and "ViT" in case,
+            )
+        )
+    for model, copies in teacher["peak_above_plain_step_in_copies_of_the_parameters"].items():
+        figure = f"{copies['averager(x)']:.1f} copies of the parameters more; with a module of its own for the average "
+        figure += f"{copies['copy of the average']:.1f}"
+        rows.append(
+            Cost(
+                f"peak of memory of a step with that teacher, {model}",
+                figure,
+                "a plain step",
+                "teacher_step",
+                model == "ViT-B/32",
+            )
+        )
+    files = results("file_patching")
+    mixed, memory = files["time_over_load_mix_save"], files["anonymous_memory_mb"]
+    figure = f"{quartiles(mixed['patch_files'])}, where reading and writing alone take {quartiles(mixed['floor'])}; "
+    figure += f"{memory['patch_files']:.0f} MB of memory and not {memory['load, mix, save']:.0f}"
+    rows.append(
+        Cost(f"patching two files of {files['file_mb']} MB", figure, "load both, mix, save", "file_patching", True)
+    )
+    attention = results("temporal_attention")
+    figure = f"{quartiles(attention['time_over_plain']['temporal, mask'])}; the published procedure "
+    figure += f"{quartiles(attention['time_over_plain']['published procedure'])}; "
+    figure += f"the multiplications alone {attention['floor']:.2f}"
+    rows.append(
+        Cost("attention over three frames, a layer of ViT-B/16", figure, "plain attention", "temporal_attention", True)
+    )
+    one_pass = results("one_pass_evaluation")
+    together, apart = one_pass["one pass"], one_pass["one by one"]
+    figure = f"{together['videos decoded']} videos decoded and not {apart['videos decoded']}; "
+    figure += f"{together['seconds, median']:.2f} s and not {apart['seconds, median']:.1f}"
+    what = f"{one_pass['parts']} protocol parts at {len(one_pass['anchor_weights'])} anchor weights in one pass"
+    rows.append(Cost(what, figure, f"one by one, {one_pass['videos']} small videos", "one_pass_evaluation", True))
+    for video, found in results("decoding")["videos"].items():
+        for how, contenders in found.items():
+            if isinstance(contenders, dict):
+                ours, plain = contenders["this package"], contenders["plain"]
+                figure = f"{ours['ratio']:.2f}: {ours['ms']:.0f} ms and not {plain['ms']:.0f}"
+                rows.append(Cost(f"reading {how} of {video}", figure, "a plain decoding from the start", "decoding"))
+    return rows
+
+
+def table(rows: list[Cost]) -> str:
+    lines = ["| | time, or as said: median (quartiles) | against | `benchmarks/` |", "|---|---|---|---|"]
+    lines += [f"| {row.what} | {row.figure} | {row.against} | `{row.script}.py` |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def conditions(rows: list[Cost]) -> str:
+    """How each script was run, by its own record."""
+    lines = ["| `benchmarks/results/` | command | torch | processor | threads |", "|---|---|---|---|---|"]
+    for script in dict.fromkeys(row.script for row in rows):
+        record = results(script)
+        about = record.get("provenance", record)
+        hardware = about["hardware"]
+        processor = f"{hardware.get('cpu') or hardware['machine']}, {hardware['cores']} cores"
+        threads = record.get("torch_threads", hardware.get("threads"))
+        lines.append(
+            f"| `{script}.json` | `{about['command']}` | {about['versions']['torch']} | {processor} | {threads} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def page() -> str:
+    """docs/performance.md."""
+    rows = costs()
+    return f"""# Performance
+
+Ratios are of runs side by side in one process, medians and quartiles over rounds; every figure is out of a file of
+`benchmarks/results`, and this page is written by `python benchmarks/quoted.py`.
+
+{table(rows)}
+## How it was measured
+
+{conditions(rows)}"""
