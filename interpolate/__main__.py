@@ -121,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("snapshots", nargs="+", help="a folder of snapshots, or checkpoints, the oldest first")
     sub.add_argument("--anchor", help="the pretrained checkpoint; without it, averages alone are tried")
     searches(sub)
+    keeps(sub)
     sub.add_argument("--kernel", nargs="+", action="extend", help=f"what to try (default {' '.join(KERNELS)})")
     sub.add_argument("--anchor-weights", nargs="+", type=float, metavar="W", help="what to try (default 0, 0.1, ... 1)")
     sub.add_argument("--last", type=int, metavar="N", help="take the latest N snapshots only")
@@ -187,6 +188,7 @@ def _choose(options: argparse.Namespace) -> int:
         kernels=options.kernel or KERNELS,
         anchor_weights=ANCHOR_WEIGHTS if options.anchor_weights is None else options.anchor_weights,
         last=options.last,
+        theta_only=options.theta_only,
         progress=progress_line(),
     )
     return _chosen(options, choice)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from interpolate._names import prefix_before, renamed
 from interpolate.errors import WeightMismatchError
-from interpolate.weights import listed
+from interpolate.weights import listed, mixing_precision
 
 T = TypeVar("T")
 
@@ -70,8 +70,9 @@ class ThetaOnly:
         """The anchor's tensor, with theta's new rows if there are any."""
         if name not in self.rows:
             return anchor
-        n = self.rows[name]
-        return torch.cat([anchor.detach()[:n], theta.detach()[n:].to(anchor)])
+        n, anchor = self.rows[name], anchor.detach().to(theta.device)
+        wide = torch.promote_types(mixing_precision(anchor.dtype), mixing_precision(theta.dtype))  # loses no row's bits
+        return torch.cat([anchor[:n].to(wide), theta.detach()[n:].to(wide)])
 
     def _check_rows(self, theta: Mapping[str, Any], anchor: Mapping[str, Any]) -> None:
         """The anchor has the rows that theta's tensors begin with, or as many as they, or it is an error."""

@@ -85,7 +85,8 @@ class Choice:
     ) -> Report:
         """Write the chosen weights, with the recipe that `verify` checks and the data of the choice.
 
-        Each is mixed in one go then, so that a last bit can differ from what was evaluated.
+        They are what was evaluated; averages without an anchor are rounded once, so that a last bit of half precision
+        can differ.
         """
         recipe = {**self.chosen.recipe, "chosen_on": self.data, "values": self.chosen.values}
         return mix_files(self.inputs, recipe, None if dry_run else output, progress)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from interpolate._mixing import Mixing
-from interpolate._operations import Ratio, compiled, is_mixed, patch_recipe
+from interpolate._operations import Ratio, Recipe, compiled, is_mixed, patch_recipe
 from interpolate._recipes import Path
 from interpolate._theta_only import ThetaOnly
 from interpolate.checkpoints import Checkpoint
@@ -41,6 +41,7 @@ def choose(
     kernels: Sequence[str] = KERNELS,
     anchor_weights: Sequence[float] = ANCHOR_WEIGHTS,
     last: int | None = None,
+    theta_only: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Choice:
     """Choose how long to average over a training, and how much of the anchor to mix in, on held-out data in one go.
@@ -54,9 +55,10 @@ def choose(
         anchor: The pretrained checkpoint; None for averages alone.
         kernels: Their short names, see `interpolate.kernels.parse_kernel`.
         anchor_weights: In [0, 1].
+        theta_only: As for `patch`, what the snapshots have and the anchor has not: it is averaged alone.
 
     Returns:
-        All candidates, kernel by kernel; `Choice.write` writes the chosen one, which is a weighted average too.
+        All candidates, kernel by kernel; `Choice.write` writes the chosen one, which is a patched average.
 
     Raises:
         ValueError, WeightMismatchError, CheckpointError, OSError: As for `average_snapshots`, and where `data` is that
@@ -80,18 +82,16 @@ def choose(
     paths = latest_first(snapshots, last)
     shares = {kernel: weights_by_kernel(paths[::-1], parse_kernel(kernel))[0][::-1] for kernel in kernels}
     inputs = paths if anchor is None else [*paths, os.fspath(anchor)]
-    means, pretrained, rest = _averages(inputs, shares, anchor is not None)
+    if theta_only and anchor is None:
+        raise ValueError(f"theta_only is what the anchor does not have, got {theta_only} without an anchor.")
+    means, pretrained, rest, parts = _averages(inputs, shares, anchor is not None, theta_only)
     for kernel, mean in means.items():
         for ratio in ratios:
-            mixed = _mixed(mean, pretrained, ratio) if anchor is not None else mean
-            weights = {n: mixed[n].to(t.dtype) if n in mixed else t.clone() for n, t in rest.items()}
-            recipe = {
-                "operation": "average",
-                "weights": [share * (1 - ratio) for share in shares[kernel]],
-                "kernel": kernel,
-            }
+            mixed = {**mean, **_mixed(mean, pretrained, ratio, parts)}
+            weights = {n: mixed[n].to(t.dtype, copy=True) if n in mixed else t.clone() for n, t in rest.items()}
+            recipe: Recipe = {"operation": "average", "weights": shares[kernel], "kernel": kernel}
             if anchor is not None:
-                recipe = {**recipe, "weights": [*recipe["weights"], ratio], "anchor_weight": ratio}
+                recipe |= patch_recipe(ratio, extrapolate=False, theta_only=theta_only) | {"operation": "average"}
             judging.judge({"kernel": kernel, "anchor_weight": ratio}, recipe, weights)
             if progress:
                 progress(len(judging.judged), len(means) * len(ratios))
@@ -99,40 +99,41 @@ def choose(
 
 
 def _averages(
-    inputs: Sequence[str], shares: Mapping[str, list[float]], has_anchor: bool
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
-    """The average by every kernel, in float32 or better; the anchor; and the latest snapshot's tensors, of which those
-    that are averaged have no values."""
+    inputs: Sequence[str], shares: Mapping[str, list[float]], has_anchor: bool, theta_only: Sequence[str]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor], ThetaOnly]:
+    """The average by every kernel, in float32 or better; what the anchor has of it; the latest snapshot's tensors, of
+    which those that are averaged have no values; and what is only in the snapshots."""
     means: dict[str, dict[str, Tensor]] = {kernel: {} for kernel in shares}
-    anchor: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
     with ExitStack() as stack:
         checkpoints = [stack.enter_context(Checkpoint(path)) for path in inputs]
-        mixing = Mixing(checkpoints, {"operation": "average"}, [*inputs])
-        recipes = {k: {"operation": "average", "weights": [*w, 0.0] if has_anchor else w} for k, w in shares.items()}
-        operations = {kernel: compiled(recipe, [*mixing.mixed], len(inputs)) for kernel, recipe in recipes.items()}
+        recipe: Recipe = {"operation": "average"}
+        if has_anchor:
+            recipe |= {"anchor_weight": 0.0, "theta_only": theta_only}
+        mixing = Mixing(checkpoints, recipe, [*inputs])
+        snapshots = checkpoints[:-1] if has_anchor else checkpoints
+        recipes = {kernel: {"operation": "average", "weights": weights} for kernel, weights in shares.items()}
+        operations = {kernel: compiled(how, [], len(snapshots)) for kernel, how in recipes.items()}
         for name, entry in mixing.first.entries.items():
             if not is_mixed(name, entry.dtype):
                 rest[name] = mixing.first.tensor(name)
                 continue
             rest[name] = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
             pieces: dict[str, list[Tensor]] = {kernel: [] for kernel in shares}
-            of_anchor: list[Tensor] = []
-            for first, *others in zip(*(checkpoint.chunks(name) for checkpoint in checkpoints), strict=True):
+            for first, *others in zip(*(checkpoint.chunks(name) for checkpoint in snapshots), strict=True):
                 wide = [first.to(mixing_precision(first.dtype)), *others]
                 for kernel, operation in operations.items():
                     pieces[kernel].append(operation(name, wide))
-                of_anchor.append(wide[-1])
             for kernel in shares:
                 means[kernel][name] = torch.cat(pieces[kernel]).reshape(entry.shape)
-            if has_anchor:
-                anchor[name] = torch.cat(of_anchor).reshape(entry.shape)
-    return means, anchor, rest
+        averaged = mixing.parts.shared(means[next(iter(shares))])
+        anchor = {name: checkpoints[-1].tensor(name) for name in averaged} if has_anchor else {}
+    return means, anchor, rest, mixing.parts
 
 
-def _mixed(mean: Weights, anchor: Weights, ratio: float) -> dict[str, Tensor]:
-    operation = compiled({"operation": "patch", "anchor_weight": ratio}, [*mean], 2)
-    return {name: operation(name, [tensor, anchor[name]]) for name, tensor in mean.items()}
+def _mixed(mean: Weights, anchor: Weights, ratio: float, parts: ThetaOnly) -> dict[str, Tensor]:
+    operation = compiled({"operation": "patch", "anchor_weight": ratio}, [*anchor], 2)
+    return {name: operation(name, [mean[name], parts.completed(name, anchor[name], mean[name])]) for name in anchor}
 
 
 def repair(

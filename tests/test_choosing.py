@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from interpolate import choose, patch, repair
 from interpolate.checkpoints import Checkpoint
 from interpolate.choosing import Judging, check_held_out
+from interpolate.errors import WeightMismatchError
 from interpolate.inspection import verify
 from interpolate.kernels import parse_kernel
 from interpolate.patching import mix
@@ -48,7 +49,45 @@ def test_every_kernel_and_anchor_weight_is_judged_at_its_own_weights_and_the_bes
         assert weights["n"].item() == 5  # the latest snapshot's
     assert choice.best == 4
     choice.write("out.safetensors")
-    torch.testing.assert_close(load_file("out.safetensors"), seen[4], rtol=1e-6, atol=1e-6)
+    written = load_file("out.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in seen[4].items())
+    assert verify("out.safetensors") == []
+
+
+def test_what_only_the_snapshots_have_is_averaged_alone():
+    """A head and rows of a vocabulary; the anchor has another head of that name, and fewer rows in half precision."""
+    paths = [
+        saved(f"run/step-{i}.safetensors", i, **{"new.w": torch.randn(4), "embed.w": torch.randn(5, 2)}) for i in (1, 2)
+    ]
+    anchor = saved("anchor.safetensors", 9, **{"new.w": torch.randn(7), "embed.w": torch.randn(3, 2).bfloat16()})
+    with pytest.raises(WeightMismatchError, match=r"new\.w"):
+        choose("run", lambda _: 0.0, data="dev", anchor=anchor)
+    with pytest.raises(ValueError, match="without an anchor"):
+        choose("run", lambda _: 0.0, data="dev", theta_only=["new.*"])
+    seen: list[dict[str, torch.Tensor]] = []
+    choice = choose(
+        "run",
+        lambda weights: seen.append(weights) or float(len(seen) == 2),
+        data="dev",
+        anchor=anchor,
+        kernels=["exponential:1"],
+        anchor_weights=[0.0, 0.3, 1.0],
+        theta_only=["new.*", "embed.w[3:]"],
+    )
+    (first, second), pretrained = (load_file(path) for path in paths), load_file(anchor)
+    for ratio, weights in zip((0.0, 0.3, 1.0), seen, strict=True):
+        for name, tensor in weights.items():
+            if tensor.is_floating_point():
+                mean = (first[name].double() + 2 * second[name].double()) / 3
+                expected = mean.clone()
+                if name == "embed.w":
+                    expected[:3] = (1 - ratio) * mean[:3] + ratio * pretrained[name].double()
+                elif name != "new.w":
+                    expected = (1 - ratio) * mean + ratio * pretrained[name].double()
+                torch.testing.assert_close(tensor, expected.float())
+    choice.write("out.safetensors")
+    written = load_file("out.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in seen[1].items())
     assert verify("out.safetensors") == []
 
 

@@ -189,3 +189,11 @@ def test_rows_that_an_anchor_has_beyond_its_own_do_not_count():
     weights["embed.weight"] = torch.cat([weights["embed.weight"], torch.full([2, 3], 9.0).double()])
     patched = patch(weights, theta, anchor_weight=0.5, theta_only=PATTERNS)
     torch.testing.assert_close(patched["embed.weight"], expected(anchor, theta, 0.5)["embed.weight"])
+
+
+def test_new_rows_keep_their_bits_beside_an_anchor_in_half_precision():
+    theta, anchor = torch.randn(5, 2), torch.randn(3, 2).bfloat16()
+    for weight in (0.3, 0.7, 1.0):
+        mixed = patch({"e": anchor}, {"e": theta}, anchor_weight=weight, theta_only=["e[3:]"])["e"]
+        assert torch.equal(mixed[3:], theta[3:])
+        torch.testing.assert_close(mixed[:3], weight * anchor.float() + (1 - weight) * theta[:3])
