@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from interpolate._adapters import INITS_ON_THE_BASE
+from interpolate._places import opened
 from interpolate._unmixable import adapter_factors
 from interpolate.atomic import flushed, replaced_path
+from interpolate.checkpoints import Checkpoint
 from interpolate.weights import listed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -44,15 +46,18 @@ class Adapter:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Adapter:
-        """Read a folder of PEFT's `save_pretrained`.
+        """Read a folder of PEFT's `save_pretrained`, or its URL.
 
         Raises:
             ValueError: The adapter is not one whose update is `s * B @ A` on an unchanged base.
+            CheckpointError, OSError: It can't be read.
         """
-        with open(os.path.join(folder, CONFIG), encoding="utf-8") as file:
+        folder = os.fspath(folder).rstrip("/")
+        with opened(f"{folder}/{CONFIG}") as file:
             config = json.load(file)
-        adapter = cls(config, load_file(os.path.join(folder, WEIGHTS)))
-        adapter._check(os.fspath(folder))
+        with Checkpoint(folder) as checkpoint:
+            adapter = cls(config, {name: checkpoint.tensor(name) for name in checkpoint.entries})
+        adapter._check(folder)
         return adapter
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -302,6 +302,17 @@ LINEAR = {
 }
 
 
+def test_an_adapter_saved_by_torch_save_is_read_too(tmp_path: Path):
+    model, adapter = saved(tmp_path / "new", 1, target_modules=["fc"], r=2)
+    model.save_pretrained(tmp_path / "old", safe_serialization=False)
+    assert (tmp_path / "old" / "adapter_model.bin").exists()
+    old = Adapter.load(tmp_path / "old")
+    assert old.weights.keys() == adapter.weights.keys()
+    assert all(torch.equal(old.weights[name], tensor) for name, tensor in adapter.weights.items())
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*adapter_config\.json"):
+        Adapter.load(tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore")  # PEFT's own, of a base without a configuration
 @pytest.mark.parametrize("configs", LINEAR.values(), ids=LINEAR)
 def test_a_mean_of_adapters_is_that_of_merged_weights(configs: tuple, tmp_path: Path):
