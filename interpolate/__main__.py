@@ -20,6 +20,7 @@ from interpolate._operations import Ratio, is_mixed
 from interpolate.checkpoints import Checkpoint
 from interpolate.choosing import Choice, check_can_plot, check_held_out
 from interpolate.depth import by_depth, towers
+from interpolate.errors import WeightMismatchError
 from interpolate.path import greedy_soup
 from interpolate.reports import Report, as_json
 from interpolate.searching import ANCHOR_WEIGHTS, KERNELS, choose, repair
@@ -45,7 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
         return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
-        print(f"interpolate {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        if (
+            isinstance(error, WeightMismatchError)
+            and getattr(options, "anchor", None)
+            and hasattr(options, "theta_only")
+        ):
+            text += " What the anchor does not have can be named: --theta-only PATTERN."
+        print(f"interpolate {options.command}: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"interpolate {options.command}: interrupted; no file was changed", file=sys.stderr)

@@ -101,6 +101,14 @@ def test_a_part_that_is_not_named_is_an_error_as_ever():
         patch(pretrained(), fine_tuned(), anchor_weight=0.5, theta_only=["head.*"])
 
 
+def test_the_command_line_says_by_what_it_can_be_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_file(pretrained(5).state_dict(), "anchor.safetensors")
+    save_file(fine_tuned().state_dict(), "theta.safetensors")
+    assert main(["patch", "anchor.safetensors", "theta.safetensors", "--anchor-weight", "0.3", "-o", "out.pt"]) == 2
+    assert "What the anchor does not have can be named: --theta-only PATTERN.\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
