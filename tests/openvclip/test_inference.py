@@ -281,6 +281,13 @@ def test_none_of_these_takes_a_calibration_and_wins_where_no_logit_is_above_the_
         assert set(answers) == {"cloud", "square", "none of these"}
         assert sum(answers.values()) == pytest.approx(1)
         assert (next(iter(answers)) == "none of these") is wins
+    several = Classifier.load(folder).classify(video, labels, multi_label=True)
+    for label in labels:  # each on its own, whatever the others are
+        alone = Classifier.load(folder).classify(video, [label], none_of_these=True)
+        assert several[label] == pytest.approx(alone[label], rel=1e-6)
+    assert list(several) == sorted(labels, key=lambda label: -several[label])
+    with pytest.raises(ValueError, match="none of these and multi-label: give one"):
+        Classifier.load(folder).classify(video, labels, none_of_these=True, multi_label=True)
     ratio = answers["cloud"] / answers["square"]
     assert np.log(ratio) == pytest.approx(float(logits[0] - logits[1]) / found["temperature"], rel=1e-4)
     with pytest.raises(ValueError, match="'none of these' is the answer where no label fits"):

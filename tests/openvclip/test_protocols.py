@@ -92,8 +92,9 @@ def test_a_hash_tells_what_decides_the_result() -> None:
         replace(protocol, sampling=Sampling(views=1)),
         replace(protocol, top_k=(1, 2)),
         replace(protocol, unreadable="left-out"),
+        replace(protocol, multi_label=True),
     ]
-    assert len({protocol.hash, *(other.hash for other in unlike)}) == 9
+    assert len({protocol.hash, *(other.hash for other in unlike)}) == 10
 
 
 def test_your_own_protocol_comes_from_a_file(tmp_path: Path) -> None:
@@ -145,6 +146,7 @@ def test_your_own_protocol_comes_from_a_file(tmp_path: Path) -> None:
         ({"top_k": ["1"]}, "int is expected, got '1'"),
         ({"top_k": [0]}, r"top_k must be numbers from 1, got \[0\]"),
         ({"top_k": []}, r"top_k must be numbers from 1, got \[\]"),
+        ({"multi_label": True, "top_k": [1, 2]}, r"mine: top_k \[1, 2\] says nothing where a video has several labels"),
         ({"closed": "no"}, r"bool is expected, got 'no' @ \$\.closed"),
     ],
 )
@@ -157,6 +159,21 @@ def test_a_protocols_file_is_taken_as_it_is_or_refused_with_the_field(
     with pytest.raises(ValueError, match=message) as refused:
         named(str(path), {})
     assert str(refused.value).count("\n") == 0
+
+
+def test_a_video_has_a_row_for_each_label_where_a_protocol_says_multi_label(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("path,label\na.mp4,yoga\nb.mp4,yoga\n./a.mp4,surfing\na.mp4,yoga\n")
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"name": "mine", "parts": [{"source": "m.csv"}]}))
+    with pytest.raises(ValueError, match=r"a\.mp4 is 'yoga' in line 2 and 'surfing' in line 4; a video has one label"):
+        named(str(path), {})
+    path.write_text(json.dumps({"name": "mine", "parts": [{"source": "m.csv"}], "multi_label": True}))
+    protocol = named(str(path), {})
+    (part,) = protocol.parts
+    shown = [(part.location(i), part.classes[label]) for i, label in enumerate(part.labels)]
+    a, b = str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4")
+    assert shown == [(a, "yoga"), (b, "yoga"), (a, "surfing")]
+    assert "1 of 4 rows repeat another" in part.reading
 
 
 def test_a_class_without_a_video_competes(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchmetrics.functional.classification import multilabel_average_precision
 
 from applications.openvclip.data.manifest import Manifest
 from applications.openvclip.data.sampling import Sampling
@@ -90,6 +91,46 @@ def test_figures_read_in_parts_are_those_of_the_whole(tmp_path: Path, monkeypatc
                 assert result.accuracy[scorer][f"top-{k}"][part] == pytest.approx(right / len(kept))
     assert set(result.unreadable) <= {"/v3.mp4", "/v40.mp4"}
     assert result.cut_off == {videos[cut]: "half of it"}
+
+
+@pytest.mark.parametrize("unreadable", ["wrong", "left-out"])
+def test_videos_of_several_labels_are_measured_by_the_mean_average_precision_of_torchmetrics(
+    tmp_path: Path, unreadable
+) -> None:
+    generator = np.random.default_rng(0)
+    videos, classes = [f"/v{i}.mp4" for i in range(50)], [f"c{i}" for i in range(6)]
+    logits = generator.integers(0, 8, size=(50, 1, 2, 6)).astype(np.float32)  # many are equal
+    shown = generator.random((50, 6)) < 0.3
+    shown[~shown.any(axis=1), 0] = True
+    shown[:, 5] = False  # a class that no video shows competes, and has no average precision
+    files = LogitFiles(tmp_path, {"videos": videos, "scorers": ["0.5"], "views": 2, "classes": classes})
+    files.prepare()
+    bad = [4, 30]
+    order = [i for i in generator.permutation(50).tolist() if i not in bad]
+    files.append(0, order[:20], logits[order[:20]])
+    files.append(1, order[20:], logits[order[20:]])
+    for i in bad:
+        files.append_fault(0, "unreadable", i, "torn")
+    pairs = generator.permutation(np.argwhere(shown)).tolist()  # a video's rows lie apart
+    manifest = Manifest(
+        "m", "/", tuple(videos[i][1:] for i, _ in pairs), tuple(5 - c for _, c in pairs), tuple(reversed(classes))
+    )
+    protocol = Protocol("p", (manifest,), sampling=Sampling(views=2), unreadable=unreadable, multi_label=True)
+    one = Pass(tuple(videos), tuple(classes), protocol.templates, protocol.sampling)
+    (result,) = results_of([protocol], one, files)
+
+    scores = logits.sum(axis=2)[:, 0]
+    scores[bad] = scores.min() - 1  # behind all others
+    kept = [i for i in range(50) if unreadable == "wrong" or i not in bad]
+    scores = (scores - scores.min()) / (
+        scores.max() - scores.min()
+    )  # what is outside of [0, 1] they put in by a sigmoid
+    expected = multilabel_average_precision(
+        torch.tensor(scores[kept]), torch.tensor(shown[kept]).long(), num_labels=6, average=None
+    )
+    assert result.per_class["0.5"] == pytest.approx({f"c{i}": expected[i].item() for i in range(5)}, abs=1e-6)
+    assert result.accuracy == {"0.5": {"mAP": [pytest.approx(expected[:5].mean().item(), abs=1e-6)]}}
+    assert (result.videos, result.classes, result.metrics, result.confidence) == (50, 6, ["mAP"], {"0.5": {}})
 
 
 def test_memory_does_not_grow_with_the_logits(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ class Predict:
     of: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
     none_of_these: bool = False
     """Whether a video may show none of the labels; it takes a run that `openvclip calibrate` has seen."""
+    multi_label: bool = False
+    """Whether a video may show several labels, each with a probability of its own; it takes such a run, too."""
     window: str | None = None
     """Look along the time of one long video, at windows of this length, such as 2s."""
     step: str | None = None
@@ -85,6 +87,8 @@ def predict(options: Predict) -> bool:
         raise ValueError("--json and --csv: one of them, both go to the standard output.")
     if options.top < 1:
         raise ValueError(f"--top: must be at least 1, got {options.top}.")
+    if options.multi_label and options.window is not None:
+        raise ValueError("--multi-label and --window: along its time a video shows one label at a time; give one.")
     labels = read_labels(options.labels)
     videos = find_videos(options.videos)
     if options.window is not None and len(videos) > 1:
@@ -92,7 +96,8 @@ def predict(options: Predict) -> bool:
     window, step = options.durations()
     start_early("applications.openvclip.data.dataset")  # beside the imports and weights of this process
     classifier = options.of.classifier()
-    classifier.answers(labels, none_of_these=options.none_of_these)  # a mistake is found before the first video
+    # a mistake is found before the first video
+    classifier.answers(labels, none_of_these=options.none_of_these, multi_label=options.multi_label)
     console = Console(stderr=True)
     if told := notice(classifier):
         console.print(told, soft_wrap=True, highlight=False, markup=False)
@@ -115,7 +120,9 @@ def one_by_one(
         for seen in look_at(classifier, videos, workers=options.workers, time_limit_s=options.time_limit_s):
             found = None
             if seen.embeddings is not None:
-                found = classifier.ranked(seen.embeddings, labels, none_of_these=options.none_of_these)
+                found = classifier.ranked(
+                    seen.embeddings, labels, none_of_these=options.none_of_these, multi_label=options.multi_label
+                )
             rows.append((seen, found))
             progress.advance(task)
     answers.show(rows, classifier, as_json=options.json, as_csv=options.csv, top=options.top)

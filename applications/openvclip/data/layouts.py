@@ -20,7 +20,14 @@ _SETS = frozenset(("train", "training", "val", "valid", "validation", "test", "t
 """Folders of these names part a data set into sets and are no classes."""
 
 
-def read_dataset(source: str, root: str | None = None, names: str | None = None, name: str | None = None) -> Manifest:
+def read_dataset(
+    source: str,
+    root: str | None = None,
+    names: str | None = None,
+    name: str | None = None,
+    *,
+    multi_label: bool = False,
+) -> Manifest:
     """Read a data set in whichever of the known layouts it is; `Manifest.reading` says which.
 
     ======================================== =================================================================
@@ -38,6 +45,7 @@ def read_dataset(source: str, root: str | None = None, names: str | None = None,
         root: Where the videos are that a list names; by default the list's folder.
         names: A file of class names to use instead (`applications.openvclip.data.class_names.read_names`).
         name: Name of the set in results; by default that of the folder.
+        multi_label: Whether a video may have several labels, a row of the list for each.
 
     Raises:
         FileNotFoundError: There is nothing there.
@@ -45,16 +53,16 @@ def read_dataset(source: str, root: str | None = None, names: str | None = None,
     """
     if not storage.exists(source):
         raise FileNotFoundError(f"{source}: no such file or folder.")
-    manifest = _read(source, root or storage.parent(source), names)
+    manifest = _read(source, root or storage.parent(source), names, multi_label=multi_label)
     return replace(manifest, name=name) if name else manifest
 
 
-def _read(source: str, root: str, names: str | None) -> Manifest:
+def _read(source: str, root: str, names: str | None, *, multi_label: bool) -> Manifest:
     if not storage.is_folder(source):
         if PurePosixPath(source).suffix.lower() in VIDEO_SUFFIXES:
             raise ValueError(f"{source} is a video; a folder of class folders or a list of videos is expected.")
         if "youtube_id" not in lists.columns(storage.read_text(source)):
-            return read_list(source, root, names)
+            return read_list(source, root, names, multi_label=multi_label)
         manifest = kinetics_csv(source, root)
     elif any(re.fullmatch(r".+_test_split1\.txt", file) for file in storage.list_files(source)):
         manifest = hmdb_lists(source, root, split=1, kinds=(2,))
@@ -97,7 +105,7 @@ def class_folders(root: str) -> Manifest:
     return _tidied(root, root, rows, understood)
 
 
-def read_list(source: str, root: str, names: str | None = None) -> Manifest:
+def read_list(source: str, root: str, names: str | None = None, *, multi_label: bool = False) -> Manifest:
     """A list of videos, as `applications.openvclip.data.lists.read_rows` reads it. What a label is, in this order:
 
     - a name: the class;
@@ -112,11 +120,12 @@ def read_list(source: str, root: str, names: str | None = None) -> Manifest:
         source: The list.
         root: Folder of the videos.
         names: File of names for the numbers, or of names to use instead of the classes.
+        multi_label: Whether a video may have several labels, a row for each.
 
     Raises:
         ValueError: As above, or a number has no name; the message names the line.
     """
-    rows, understood = lists.read_rows(source)
+    rows, understood = lists.read_rows(source, multi_label=multi_label)
     numbers = [row for row in rows if row.label and lists.is_number(row.label)]
     given = class_names.read_names(names) if names else {}
     if not numbers:

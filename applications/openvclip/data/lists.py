@@ -45,7 +45,7 @@ def in_order(labels: Iterable[str]) -> list[str]:
     return sorted(distinct, key=int) if all(map(is_number, distinct)) else sorted(distinct, key=str.casefold)
 
 
-def read_rows(source: str) -> tuple[list[Row], str]:
+def read_rows(source: str, *, multi_label: bool = False) -> tuple[list[Row], str]:
     """The rows of a list, of those that say the same of the same video the first; and how it was understood.
 
     =================================== ================================================================
@@ -57,9 +57,14 @@ def read_rows(source: str) -> tuple[list[Row], str]:
     lines `path`                        UCF-101's test lists
     =================================== ================================================================
 
+    Args:
+        source: The list, a path or URL.
+        multi_label: Whether a video may have several labels, a row for each.
+
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A line can't be read in one way only, or a video has two labels; the message names the line.
+        ValueError: A line can't be read in one way only, or a video has two labels and may not; the message names the
+            line.
     """
     text = storage.read_text(source)
     if source.lower().endswith(".jsonl"):
@@ -75,7 +80,7 @@ def read_rows(source: str) -> tuple[list[Row], str]:
         raise ValueError(f"{source}, line {unlabelled[0].line}: {unlabelled[0].path} has no label, others have one.")
     if len(unlabelled) == len(rows):
         understood = "lines of a path alone"
-    distinct = _once(rows, source)
+    distinct = _once(rows, source, multi_label=multi_label)
     if len(distinct) < len(rows):
         understood += f", {len(rows) - len(distinct)} of {len(rows)} rows repeat another and are left out"
     return distinct, understood
@@ -160,14 +165,16 @@ def _lines(text: str, source: str) -> Iterator[Row]:
         yield Row(found["path"], label or None, number)
 
 
-def _once(rows: list[Row], source: str) -> list[Row]:
-    first: dict[str, Row] = {}
+def _once(rows: list[Row], source: str, *, multi_label: bool) -> list[Row]:
+    first: dict[tuple[str, str | None], Row] = {}
     for row in rows:
-        key = row.path if storage.is_url(row.path) else posixpath.normpath(row.path)
-        other = first.setdefault(key, row)
+        path = row.path if storage.is_url(row.path) else posixpath.normpath(row.path)
+        if multi_label:
+            row = row._replace(path=path)  # or a video of several names would be several videos
+        other = first.setdefault((path, row.label if multi_label else None), row)
         if other.label != row.label:
             raise ValueError(
                 f"{source}: {row.path} is {other.label!r} in line {other.line} and {row.label!r} in line {row.line}; "
-                "a video has one label."
+                "a video has one label, unless it is evaluated on by a protocol's file that says multi_label."
             )
     return list(first.values())

@@ -167,36 +167,43 @@ class Classifier(ModelHubMixin):
         if at not in self.loaded.calibrations:
             there = ", ".join(self.loaded.calibrations) or "none"
             raise ValueError(
-                f"none of these: at anchor weight {at} there is no calibration of this model, its sampling and "
-                f"templates (anchor weights with one: {there}); `openvclip calibrate RUN --data VIDEOS --anchor-weight "
-                f"{at}` makes it."
+                f"none of these, or several: at anchor weight {at} there is no calibration of this model, its sampling "
+                f"and templates (anchor weights with one: {there}); `openvclip calibrate RUN --data VIDEOS "
+                f"--anchor-weight {at}` makes it."
             )
         return self.loaded.calibrations[at]
 
-    def classify(self, video: str | Path, labels: Labels, *, none_of_these: bool = False) -> dict[str, float]:
-        """What a video shows: each label with its probability, best first. They sum to 1.
+    def classify(
+        self, video: str | Path, labels: Labels, *, none_of_these: bool = False, multi_label: bool = False
+    ) -> dict[str, float]:
+        """What a video shows: each label with its probability, best first. They sum to 1, unless it may show several.
 
         Args:
             video: A file or URL.
             labels: Names of classes; or, by class, the names by which it is to be known, of which the mean is taken.
             none_of_these: Whether it may be none of them, an answer of that name; the probabilities are calibrated
                 then. It takes a run that was calibrated (`openvclip calibrate`).
+            multi_label: Whether it may show several of them: the probability of each is its own, against none of these
+                as if there were no other label. That takes a run that was calibrated, too.
 
         Raises:
             VideoReadError: The video can't be read; the message says why.
-            ValueError: A label set that is none, or no calibration at this anchor weight.
+            ValueError: A label set that is none, no calibration at this anchor weight, or both kinds of answers.
         """
-        self.answers(labels, none_of_these=none_of_these)  # a mistake is found before the video is read
-        return self.ranked(self.embed(self.read(video)), labels, none_of_these=none_of_these)
+        kind = {"none_of_these": none_of_these, "multi_label": multi_label}
+        self.answers(labels, **kind)  # a mistake is found before the video is read
+        return self.ranked(self.embed(self.read(video)), labels, **kind)
 
-    def answers(self, labels: Labels, *, none_of_these: bool = False) -> list[str]:
+    def answers(self, labels: Labels, *, none_of_these: bool = False, multi_label: bool = False) -> list[str]:
         """What can be answered: the labels and, if it is asked for, "none of these".
 
         Raises:
             ValueError: As `classify`.
         """
         names = [label for label, _ in label_set(labels)]
-        if none_of_these and self.calibration and NONE_OF_THESE in names:
+        if none_of_these and multi_label:
+            raise ValueError("none of these and multi-label: give one; of several labels, none may be probable anyway.")
+        if (none_of_these or multi_label) and self.calibration and NONE_OF_THESE in names:
             raise ValueError(f"labels: {NONE_OF_THESE!r} is the answer where no label fits; leave it out of them.")
         self.embeddings_of(labels)
         return [*names, NONE_OF_THESE] if none_of_these else names
@@ -252,16 +259,24 @@ class Classifier(ModelHubMixin):
         # of one name its own embedding, bit for bit
         return torch.stack([e[0] if len(e) == 1 else F.normalize(e.mean(dim=0), dim=0) for e in several])
 
-    def ranked(self, embeddings: Tensor, labels: Labels, *, none_of_these: bool = False) -> dict[str, float]:
+    def ranked(
+        self, embeddings: Tensor, labels: Labels, *, none_of_these: bool = False, multi_label: bool = False
+    ) -> dict[str, float]:
         """The embeddings (V, E) of a video's views → each answer with its probability, best first."""
         mean = embeddings.mean(dim=0, keepdim=True)
-        (probabilities,) = self.probabilities(mean, labels, none_of_these=none_of_these).tolist()
-        found = zip(self.answers(labels, none_of_these=none_of_these), probabilities, strict=True)
+        kind = {"none_of_these": none_of_these, "multi_label": multi_label}
+        (probabilities,) = self.probabilities(mean, labels, **kind).tolist()
+        found = zip(self.answers(labels, **kind), probabilities, strict=True)
         return dict(sorted(found, key=lambda pair: -pair[1]))
 
-    def probabilities(self, embeddings: Tensor, labels: Labels, *, none_of_these: bool = False) -> Tensor:
+    def probabilities(
+        self, embeddings: Tensor, labels: Labels, *, none_of_these: bool = False, multi_label: bool = False
+    ) -> Tensor:
         """Embeddings (B, E) → the probability of each answer, (B, answers) float64."""
         logits = self.logits(embeddings, self.embeddings_of(labels)).double().cpu()
+        if multi_label:
+            found = self.calibration
+            return ((logits - found.threshold) / found.temperature).sigmoid()
         if none_of_these:
             found = self.calibration
             logits = torch.cat([logits, torch.full_like(logits[:, :1], found.threshold)], dim=1) / found.temperature

@@ -40,6 +40,8 @@ def worst_confusions(folder: Path, protocols: Sequence[Protocol], scorer: str, n
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in passes]
     found = []
     for protocol in protocols:
+        if protocol.multi_label:
+            continue  # another class that is shown as well is no confusion
         wanted = {part.location(i) for part in protocol.parts for i in range(len(part))}
         classes = {name for part in protocol.parts for name in part.classes}
         content = next(

@@ -96,8 +96,9 @@ class Tradeoff:
     """
 
     def __init__(self, results: Results) -> None:
-        closed = [r for r in results.protocols.values() if r.closed]
-        others = [r for r in results.protocols.values() if not r.closed]
+        top_1 = [r for r in results.protocols.values() if not r.multi_label]  # no mean with another metric
+        closed = [r for r in top_1 if r.closed]
+        others = [r for r in top_1 if not r.closed]
         if not closed or not others:
             raise ValueError("a trade-off needs a set with the classes of training and one with others.")
         self.x_label = f"{closed[0].protocol}, trained on"

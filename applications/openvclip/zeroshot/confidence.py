@@ -74,6 +74,23 @@ def auroc(inside: np.ndarray, outside: np.ndarray) -> float:
     return float(1 - ((below + upto) / 2).mean() / len(inside))
 
 
+def average_precision(scores: np.ndarray, shown: np.ndarray) -> float:
+    """The area under precision over recall, by steps: the mean, over videos that show a class, of the precision there.
+
+    Videos of equal scores come at once, so that their order does not matter.
+
+    Example:
+        >>> average_precision(np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, False, True, False]))
+        0.8333333333333333
+        >>> average_precision(np.array([1.0, 1.0]), np.array([True, False]))
+        0.5
+    """
+    ranked = np.sort(-scores)
+    upto = np.searchsorted(ranked, -scores[shown], side="right")  # how many have that score or a higher one
+    hits = np.searchsorted(np.sort(-scores[shown]), -scores[shown], side="right")
+    return float((hits / upto).mean())
+
+
 def accuracy_at_coverage(confidence: np.ndarray, correct: np.ndarray, coverage: float = 0.95) -> float:
     """Accuracy over the share of videos with the most confident answers."""
     kept = np.argsort(-confidence, kind="stable")[: max(1, round(coverage * len(confidence)))]

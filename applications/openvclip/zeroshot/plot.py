@@ -39,12 +39,13 @@ def plot_tradeoff(path: Path, results: Results) -> None:
         axes.plot(x[chosen], y[chosen], "o", color="tab:orange", markersize=9, zorder=3, label="Open-VCLIP")
         baseline = [100 * r.mean_std(BASELINE)[0] for r in (closed, other)]
         axes.plot(*baseline, "*", color="black", markersize=13, label=BASELINE)
-        axes.set(title=other.protocol, xlabel=f"{closed.protocol}, top-1 (%)")
+        axes.set(title=other.protocol, xlabel=f"{closed.protocol}, {closed.metrics[0]} (%)")
         axes.margins(0.15)
         axes.grid(alpha=0.3)
     for axes in figure.axes[len(others) :]:
         axes.set_axis_off()
-    figure.axes[0].set_ylabel("zero-shot top-1 (%)")
+    metrics = " or ".join(dict.fromkeys(r.metrics[0] for r in others))
+    figure.axes[0].set_ylabel(f"zero-shot {metrics} (%)")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     with mpl.rc_context({"savefig.dpi": 150}):
         figure.savefig(path, metadata={"Description": drawn_from(results)})

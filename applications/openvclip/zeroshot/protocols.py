@@ -40,12 +40,16 @@ class Protocol:
     """What a video is that can't be read: a wrong answer, or no part of the set."""
     closed: bool = False
     """Whether the classes are those of training; no part of the hash."""
+    multi_label: bool = False
+    """Whether a video may show several classes and have several rows: the figure is the mean average precision."""
 
     def __post_init__(self) -> None:
         if not self.name or not self.parts:
             raise ValueError(f"a protocol has a name and at least one part, got {self.name!r} and {len(self.parts)}.")
         if not self.top_k or min(self.top_k) < 1:
             raise ValueError(f"{self.name}: top_k must be numbers from 1, got {list(self.top_k)}.")
+        if self.multi_label and self.top_k != (1,):
+            raise ValueError(f"{self.name}: top_k {list(self.top_k)} says nothing where a video has several labels.")
         for part in self.parts:
             if not len(part):
                 raise ValueError(f"{self.name}: {part.name} has no video of its classes, {', '.join(part.classes)}.")
@@ -75,6 +79,7 @@ class Protocol:
             "sampling": self.sampling.as_dict(),
             "top_k": self.top_k,
             "unreadable": self.unreadable,
+            **({"multi_label": True} if self.multi_label else {}),  # what others were measured on keeps its hash
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -138,16 +143,19 @@ class _File:
     sampling: Sampling = field(default_factory=Sampling)
     top_k: tuple[int, ...] = (1,)
     closed: bool = False
+    multi_label: bool = False
 
 
 def read_protocol(source: str, unreadable: Unreadable = "wrong", built_in: BuiltIn = no_file) -> Protocol:
     """Your own protocol, as JSON.
 
     `{"name": …, "parts": [{"source": …, "root": …, "names": …, "classes": […]}], "templates": "actions",
-    "sampling": {"frames": 8, …}, "top_k": [1, 5], "closed": true}`. A part's source and names are read as by
-    `applications.openvclip.data.layouts.read_dataset`, relative to the file, unless `built_in` gives the set, such as
-    `miniature:train`. Only `name` and `parts` are required; `closed` says that the classes are those of training, which
-    of a run's own training classes is found out anyway.
+    "sampling": {"frames": 8, …}, "top_k": [1, 5], "closed": true, "multi_label": false}`. A part's source and names are
+    read as by `applications.openvclip.data.layouts.read_dataset`, relative to the file, unless `built_in` gives the
+    set, such as `miniature:train`. Only `name` and `parts` are required; `closed` says that the classes are those of
+    training, which of a run's own training classes is found out anyway. With `multi_label` a video may have several
+    rows, of a label each, and the figure is the mean average precision; a video of which no label is asked for is no
+    part of the set.
 
     Raises:
         ValueError: A field is unknown or of another kind, or a part has no class that is asked for.
@@ -160,7 +168,9 @@ def read_protocol(source: str, unreadable: Unreadable = "wrong", built_in: Built
         name_of_part = f"{file.name}/{i}"
         manifest = built_in(part.source)
         if manifest is None:
-            manifest = layouts.read_dataset(storage.join(folder, part.source), root, names, name=name_of_part)
+            manifest = layouts.read_dataset(
+                storage.join(folder, part.source), root, names, name=name_of_part, multi_label=file.multi_label
+            )
         asked = manifest.classes if part.classes is None else part.classes
         classes = [c if c in manifest.classes else tidy(c) for c in asked]
         not_asked = [c for c in manifest.classes if c not in classes]
@@ -169,7 +179,9 @@ def read_protocol(source: str, unreadable: Unreadable = "wrong", built_in: Built
                 raise ValueError(f"{source}: {name!r} is not a class of {part.source}; is {near[0]!r} meant?")
         parts.append(manifest.of_classes(classes, name_of_part))
     templates = TEMPLATES[file.templates] if isinstance(file.templates, str) else file.templates
-    return Protocol(file.name, tuple(parts), templates, file.sampling, file.top_k, unreadable, file.closed)
+    return Protocol(
+        file.name, tuple(parts), templates, file.sampling, file.top_k, unreadable, file.closed, file.multi_label
+    )
 
 
 def halves(manifest: Manifest, *, seed: int, n: int = 10) -> tuple[Manifest, ...]:

@@ -74,7 +74,7 @@ OTHERS: dict[str, dict[str, str]] = {
 """What came after, as its authors report it: UCF-101, HMDB-51 and Kinetics-600, each under a protocol of its own."""
 
 
-def published(result: ProtocolResult, model: str, method: str, k: int = 1) -> str | None:
+def published(result: ProtocolResult, model: str, method: str, metric: str = "top-1") -> str | None:
     """The published figure of a method under the very protocol of a result, if there is one.
 
     Source: Weng et al. 2023 (arXiv 2302.00624), tables 1-4.
@@ -83,12 +83,12 @@ def published(result: ProtocolResult, model: str, method: str, k: int = 1) -> st
         result: Whose protocol it is.
         model: Name of the image model, as in open_clip.
         method: "CLIP*", "fine-tuned" or "Open-VCLIP".
-        k: 1 or 5.
+        metric: "top-1" or "top-5".
     """
-    return figure(result.protocol, model, method, k) if _HASHES.get(result.protocol) == result.hash else None
+    return figure(result.protocol, model, method, metric) if _HASHES.get(result.protocol) == result.hash else None
 
 
-def figure(protocol: str, model: str, method: str, k: int = 1) -> str | None:
+def figure(protocol: str, model: str, method: str, metric: str = "top-1") -> str | None:
     """A published figure by the name of its protocol alone, which others may give to something else."""
     figures = _FIGURES.get(model.removesuffix("-quickgelu"), {}).get(method, {})
-    return figures.get(protocol if k == 1 else f"{protocol}, top-{k}")
+    return figures.get(protocol if metric == "top-1" else f"{protocol}, {metric}")

@@ -42,9 +42,10 @@ class ProtocolResult:
     unreadable: dict[str, str]
     """Why videos could not be read, by location."""
     accuracy: dict[str, dict[str, list[float]]]
-    """By scorer, then by "top-1" and the like: of each part."""
+    """By scorer, then by metric (`metrics`): of each part."""
     per_class: dict[str, dict[str, float]]
-    """By scorer, then by class: top-1 over the videos of the class in all parts."""
+    """By scorer, then by class: top-1 over the videos of the class in all parts; or the mean of its average precision
+    in them."""
     confidence: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # older files have none
     """By scorer, of each part, over the videos that could be read: `ece`, the expected calibration error;
     `ece_calibrated`, that of probabilities at the run's temperature, where there is one; `accuracy_at_95`, of the 95 %
@@ -53,13 +54,21 @@ class ProtocolResult:
     cut_off: dict[str, str] = field(default_factory=dict)  # older files do not tell
     """What is missing of videos that were cut off, by location; they were scored as far as they go."""
 
-    def mean_std(self, scorer: str, k: int = 1) -> tuple[float, float]:
-        """Mean and standard deviation over the parts."""
-        return mean_std(self.accuracy[scorer][f"top-{k}"])
+    multi_label: bool = False  # older files have none of it
+    """Whether a video may show several classes."""
 
-    def text(self, scorer: str, k: int = 1) -> str:
+    @property
+    def metrics(self) -> list[str]:
+        """What was measured: "top-1" and the like, or "mAP", the mean average precision over classes."""
+        return ["mAP"] if self.multi_label else [f"top-{k}" for k in self.top_k]
+
+    def mean_std(self, scorer: str, metric: str | None = None) -> tuple[float, float]:
+        """Mean and standard deviation over the parts; of the first metric, where none is named."""
+        return mean_std(self.accuracy[scorer][metric or self.metrics[0]])
+
+    def text(self, scorer: str, metric: str | None = None) -> str:
         """In percent, as the paper prints it: "87.1±2.4", or "79.5" where there is one part."""
-        return percent(*self.mean_std(scorer, k), parts=len(self.parts))
+        return percent(*self.mean_std(scorer, metric), parts=len(self.parts))
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:

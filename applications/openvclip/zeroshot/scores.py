@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from math import isnan, nan
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from applications.openvclip.data.manifest import Manifest
 from applications.openvclip.zeroshot.confidence import (
     accuracy_at_coverage,
     auroc,
+    average_precision,
     calibration_error,
     with_and_without,
 )
@@ -28,7 +30,7 @@ from applications.openvclip.zeroshot.results import ProtocolResult
 def results_of(
     protocols: Sequence[Protocol], one: Pass, files: LogitFiles, temperatures: Mapping[str, float] | None = None
 ) -> list[ProtocolResult]:
-    """The accuracies of the protocols of a pass: each is a selection of rows and columns of its logits.
+    """The figures of the protocols of a pass: each is a selection of rows and columns of its logits.
 
     The logits are read once, a part at a time.
 
@@ -39,7 +41,13 @@ def results_of(
     unreadable, cut_off = files.faults("unreadable"), files.faults("cut-off")
     scorers: list[str] = files.content["scorers"]
     known = [(temperatures or {}).get(scorer, nan) for scorer in scorers]
-    parts = [[_Part(part, one, row, p.top_k, known) for part in p.parts] for p in protocols]
+    parts = [
+        [
+            _RankedPart(part, one, row, len(scorers)) if p.multi_label else _Part(part, one, row, p.top_k, known)
+            for part in p.parts
+        ]
+        for p in protocols
+    ]
     for videos, logits in files.chunks():
         scores = torch.from_numpy(logits).sum(dim=2)  # (videos, scorers, classes): views are added
         for part in chain.from_iterable(parts):
@@ -49,24 +57,22 @@ def results_of(
 
 def _result(
     protocol: Protocol,
-    parts: list[_Part],
+    parts: Sequence[_Part | _RankedPart],
     scorers: list[str],
     row: dict[str, int],
     unreadable: dict[int, str],
     cut_off: dict[int, str],
 ) -> ProtocolResult:
-    accuracy = {scorer: {f"top-{k}": [] for k in protocol.top_k} for scorer in scorers}
-    answers: dict[str, list[tuple[Tensor, Tensor, tuple[str, ...]]]] = {scorer: [] for scorer in scorers}
+    figures: dict[str, list[dict[str, float]]] = {scorer: [] for scorer in scorers}
+    answers: dict[str, list[dict[str, tuple[float, int]]]] = {scorer: [] for scorer in scorers}
     for part in parts:
         counted = torch.tensor([protocol.unreadable == "wrong" or i not in unreadable for i in part.rows.tolist()])
         if not counted.any():
             name, n = part.manifest.name, len(part.manifest)
             raise ValueError(f"{protocol.name}, {name}: none of its {n} videos could be read.")
-        labels = part.labels[counted]
         for s, scorer in enumerate(scorers):
-            for k in protocol.top_k:
-                accuracy[scorer][f"top-{k}"].append(part.correct[k][s, counted].double().mean().item())
-            answers[scorer].append((part.correct[1][s, counted], labels, part.manifest.classes))
+            figures[scorer].append(part.accuracy(s, counted))
+            answers[scorer].append(part.per_class(s, counted))
     videos = {part.location(i) for part in protocol.parts for i in range(len(part))}
     return ProtocolResult(
         protocol=protocol.name,
@@ -81,9 +87,10 @@ def _result(
         unreadable_policy=protocol.unreadable,
         unreadable={at: unreadable[row[at]] for at in sorted(videos) if row[at] in unreadable},
         cut_off={at: cut_off[row[at]] for at in sorted(videos) if row[at] in cut_off},
-        accuracy=accuracy,
-        confidence={scorer: _confidence([part.sureness(s) for part in parts]) for s, scorer in enumerate(scorers)},
+        accuracy={scorer: _by_name(found) for scorer, found in figures.items()},
+        confidence={scorer: _by_name([part.sureness(s) for part in parts]) for s, scorer in enumerate(scorers)},
         per_class={scorer: _per_class(found) for scorer, found in answers.items()},
+        multi_label=protocol.multi_label,
     )
 
 
@@ -101,6 +108,7 @@ class _Part:
         self.columns = torch.tensor([column[name] for name in part.classes])
         n_scorers = len(temperatures)
         self.correct = {k: torch.zeros(n_scorers, len(part), dtype=torch.bool) for k in {1, *top_k}}
+        self.top_k = top_k
         self._temperatures = torch.tensor(temperatures)
         self._sure = torch.full((4, n_scorers, len(part)), nan)
         """Of each row: its confidence, the calibrated one, and its highest logit with and without its class."""
@@ -123,6 +131,18 @@ class _Part:
         if len(self.columns) > 1:
             self._sure[2, :, here], self._sure[3, :, here] = with_and_without(logits, self.labels[here])
 
+    def accuracy(self, scorer: int, counted: Tensor) -> dict[str, float]:
+        """By metric, over the rows that count."""
+        return {f"top-{k}": self.correct[k][scorer, counted].double().mean().item() for k in self.top_k}
+
+    def per_class(self, scorer: int, counted: Tensor) -> dict[str, tuple[float, int]]:
+        """How many rows of each class are right, and how many there are."""
+        correct, labels = self.correct[1][scorer, counted], self.labels[counted]
+        return {
+            self.manifest.classes[label]: (float(correct[labels == label].sum()), n)
+            for label, n in Counter(labels.tolist()).items()
+        }
+
     def sureness(self, scorer: int) -> dict[str, float]:
         """How sure the answers are, over the rows that have logits."""
         there = ~self._sure[0, scorer].isnan()
@@ -138,20 +158,56 @@ class _Part:
         return found
 
 
-def _confidence(parts: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+class _RankedPart:
+    """The scores of a part whose videos may have several labels. A video without logits comes last for every class."""
+
+    def __init__(self, part: Manifest, one: Pass, row: dict[str, int], n_scorers: int) -> None:
+        self.manifest = part
+        rows = torch.tensor([row[part.location(i)] for i in range(len(part))])
+        self.rows, of = rows.unique(return_inverse=True)
+        """The row of the pass that each video of the part is."""
+        column = {name: i for i, name in enumerate(one.classes)}
+        self.columns = torch.tensor([column[name] for name in part.classes])
+        self.shown = torch.zeros(len(self.rows), len(part.classes), dtype=torch.bool)
+        self.shown[of, torch.tensor(part.labels)] = True
+        self.scores = torch.full((n_scorers, len(self.rows), len(part.classes)), -torch.inf)
+
+    def add(self, videos: np.ndarray, scores: Tensor, views: int) -> None:
+        """Take in the scores (n, scorers, classes) of n videos of the pass, sums over views."""
+        here = torch.isin(self.rows, torch.from_numpy(videos))
+        place = {row: i for i, row in enumerate(videos.tolist())}
+        places = [place[row] for row in self.rows[here].tolist()]
+        self.scores[:, here] = scores[places][:, :, self.columns].transpose(0, 1)
+
+    def accuracy(self, scorer: int, counted: Tensor) -> dict[str, float]:
+        """The mean average precision of the classes that a video shows."""
+        values = self.per_class(scorer, counted).values()
+        return {"mAP": fmean(value for value, _ in values)}
+
+    def per_class(self, scorer: int, counted: Tensor) -> dict[str, tuple[float, int]]:
+        """The average precision of each class that a video shows, once."""
+        shown, scores = self.shown[counted], self.scores[scorer, counted]
+        return {
+            name: (average_precision(scores[:, c].numpy(), shown[:, c].numpy()), 1)
+            for c, name in enumerate(self.manifest.classes)
+            if shown[:, c].any()
+        }
+
+    def sureness(self, scorer: int) -> dict[str, float]:
+        """Nothing: there is no one answer to be sure of."""
+        return {}
+
+
+def _by_name(parts: Sequence[dict[str, float]]) -> dict[str, list[float]]:
     """Figures of parts by name, of those that all parts have."""
     return {name: [part[name] for part in parts] for name in parts[0] if all(name in part for part in parts)}
 
 
-def _per_class(answers: Sequence[tuple[Tensor, Tensor, tuple[str, ...]]]) -> dict[str, float]:
-    """Top-1 of each class that is shown, over all parts: (correct, labels, classes) of each part."""
-    right: Counter[str] = Counter()
-    shown: Counter[str] = Counter()
-    for correct, labels, classes in answers:
-        for label, n in Counter(labels.tolist()).items():
-            shown[classes[label]] += n
-            right[classes[label]] += int(correct[labels == label].sum())
-    return {name: right[name] / shown[name] for name in sorted(shown)}
+def _per_class(parts: Sequence[dict[str, tuple[float, int]]]) -> dict[str, float]:
+    """The mean of each class that is shown, over all parts: sums and counts of each part."""
+    names = sorted({name for part in parts for name in part})
+    found = {name: [part[name] for part in parts if name in part] for name in names}
+    return {name: sum(value for value, _ in own) / sum(n for _, n in own) for name, own in found.items()}
 
 
 def top_k_correct(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:

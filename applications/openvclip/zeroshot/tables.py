@@ -18,7 +18,8 @@ def table(results: Results) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for r in results.protocols.values():
-        name = f"{r.protocol} (trained on)" if r.closed else r.protocol
+        told = [*(["trained on"] if r.closed else []), *(["mAP"] if r.multi_label else [])]
+        name = f"{r.protocol} ({', '.join(told)})" if told else r.protocol
         figures = [r.text(scorer) if scorer in r.accuracy else "-" for scorer in (BASELINE, "0", final)]
         table.add_row(name, str(r.classes), str(r.videos), *figures)
     return table
@@ -26,7 +27,7 @@ def table(results: Results) -> Table:
 
 def markdown(results: Results) -> str:
     """All figures, next to the published ones where the protocol is the published one; what was skipped; extremes."""
-    columns = _columns({r.protocol: r.top_k for r in results.protocols.values()})
+    columns = _columns(results.protocols)
     scorers = list(dict.fromkeys(s for r in results.protocols.values() for s in r.accuracy))
     rows = []
     for scorer in scorers:
@@ -34,17 +35,19 @@ def markdown(results: Results) -> str:
         if scorer.startswith(LAST):
             name = f"last weights, anchor weight {scorer.removeprefix(LAST)}"
         rows.append([_called(name, scorer, results.anchor_weight)])
-        rows[-1] += [results.protocols[p].text(scorer, k) for p, k in columns]
+        rows[-1] += [results.protocols[p].text(scorer, metric) for p, metric in columns]
     for method in (BASELINE, "fine-tuned", "Open-VCLIP"):
-        figures = [published(results.protocols[p], results.model, method, k) for p, k in columns]
+        figures = [published(results.protocols[p], results.model, method, metric) for p, metric in columns]
         if any(figures):
             rows.append([f"{method}, published", *(figure or "-" for figure in figures)])
+    several = any(r.multi_label for r in results.protocols.values())
     lines = [
         f"# Zero-shot evaluation of {results.model}",
         "",
-        "Accuracy in %, mean ± standard deviation over the parts of a protocol.",
+        "Accuracy in %, mean ± standard deviation over the parts of a protocol."
+        + (" mAP: mean average precision over classes, where a video may show several." if several else ""),
         "",
-        *_markdown_table(["", *(f"{p}, top-{k}" for p, k in columns)], rows),
+        *_markdown_table(["", *(f"{p}, {metric}" for p, metric in columns)], rows),
         "",
         "## Protocols",
         "",
@@ -79,18 +82,18 @@ def beside_the_published(results: Results) -> str:
     final = f"{results.anchor_weight:g}"
     methods = {BASELINE: BASELINE, "Open-VCLIP": final}
     rows, unlike = [], False
-    for protocol, k in _columns({r.protocol: r.top_k for r in results.protocols.values()}):
+    for protocol, metric in _columns(results.protocols):
         r = results.protocols[protocol]
         for method, scorer in methods.items():
             if scorer not in r.accuracy:
                 continue
-            told, found = figure(protocol, results.model, method, k), r.text(scorer, k)
+            told, found = figure(protocol, results.model, method, metric), r.text(scorer, metric)
             difference = "-"
             if told:
-                unlike |= published(r, results.model, method, k) is None
-                difference = f"{100 * r.mean_std(scorer, k)[0] - float(told.partition('±')[0]):+.1f}"
-                difference += "" if published(r, results.model, method, k) else " ?"
-            rows.append([f"{protocol}, top-{k}", method, told or "-", found, difference, f"`{r.hash}`"])
+                unlike |= published(r, results.model, method, metric) is None
+                difference = f"{100 * r.mean_std(scorer, metric)[0] - float(told.partition('±')[0]):+.1f}"
+                difference += "" if published(r, results.model, method, metric) else " ?"
+            rows.append([f"{protocol}, {metric}", method, told or "-", found, difference, f"`{r.hash}`"])
     lines = _markdown_table(["protocol", "", "published", "here", "difference", "hash"], rows)
     if unlike:
         lines += ["", "? The hash is not that of the published protocol: other lists, names, sentences or views."]
@@ -117,13 +120,15 @@ def compare(named: Mapping[str, Results]) -> str:
                     f"{protocol} is not the same in {other} and {name}: {'; '.join(_unlike(first, result))}. Their "
                     "figures do not belong in one table; evaluate one of them again under the other's protocol."
                 )
-    columns = _columns({protocol: result.top_k for protocol, (_, result) in seen.items()})
+    columns = _columns({protocol: result for protocol, (_, result) in seen.items()})
     rows = []
     for name, found in named.items():
         for scorer in dict.fromkeys(s for r in found.protocols.values() for s in r.accuracy):
-            figures = [found.protocols[p].text(scorer, k) if p in found.protocols else "-" for p, k in columns]
+            figures = [found.protocols[p].text(scorer, m) if p in found.protocols else "-" for p, m in columns]
             rows.append([name, found.model, scorer, *figures])
-    return "\n".join(_markdown_table(["", "model", "anchor weight", *(f"{p}, top-{k}" for p, k in columns)], rows))
+    return "\n".join(
+        _markdown_table(["", "model", "anchor weight", *(f"{p}, {metric}" for p, metric in columns)], rows)
+    )
 
 
 def _confidence(results: Results, scorer: str) -> list[str]:
@@ -145,7 +150,7 @@ def _confidence(results: Results, scorer: str) -> list[str]:
 
 def _unlike(a: ProtocolResult, b: ProtocolResult) -> list[str]:
     """In what two protocols differ, as far as results tell."""
-    told = ("classes", "videos", "parts", "top_k", "templates", "sampling", "unreadable_policy")
+    told = ("classes", "videos", "parts", "top_k", "templates", "sampling", "unreadable_policy", "multi_label")
     unlike = []
     for field in told:
         mine, its = (getattr(result, field) for result in (a, b))
@@ -155,8 +160,8 @@ def _unlike(a: ProtocolResult, b: ProtocolResult) -> list[str]:
     return unlike or [f"hash {a.hash} and {b.hash}"]
 
 
-def _columns(top_k: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
-    return [(protocol, k) for protocol, ks in top_k.items() for k in ks]
+def _columns(protocols: Mapping[str, ProtocolResult]) -> list[tuple[str, str]]:
+    return [(protocol, metric) for protocol, result in protocols.items() for metric in result.metrics]
 
 
 def _called(name: str, scorer: str, anchor_weight: float) -> str:
