@@ -246,6 +246,17 @@ def test_what_is_no_model_is_named(theta: Path, tmp_path: Path, monkeypatch: pyt
         Classifier.load(tmp_path / "other.safetensors", model="miniature")
 
 
+def test_weights_with_a_text_tower_of_their_own_are_refused(theta: Path, tmp_path: Path, source) -> None:
+    whole = load_file(theta)
+    for kept in (torch.float16, torch.bfloat16):  # is no change of it
+        save_file({name: tensor.to(kept) for name, tensor in whole.items()}, tmp_path / "kept.safetensors")
+        assert Classifier.load(tmp_path / "kept.safetensors", model="miniature").loaded.theta is not None
+    whole["text_projection"] = whole["text_projection"] + 1e-4
+    save_file(whole, tmp_path / "tuned.safetensors")
+    with pytest.raises(WeightMismatchError, match=r"another text tower than miniature .*: 1 .* such as text_proj"):
+        Classifier.load(tmp_path / "tuned.safetensors", model="miniature")
+
+
 def test_weights_that_are_not_finite_are_no_answer(theta: Path, tmp_path: Path, video: str) -> None:
     broken = load_file(theta)
     broken["visual.proj"] = torch.full_like(broken["visual.proj"], np.nan)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from open_clip.model import CLIP
 from torch import Tensor
 
@@ -152,17 +153,39 @@ def so_far(folder: RunFolder, config: Config, clip: CLIP, step: int | None = Non
 
 def of_file(weights: str, model: ModelConfig) -> Loaded:
     """Fine-tuned weights that no run of this program made. The published ones are known by their names, and need the
-    edge that they were trained with."""
+    edge that they were trained with.
+
+    Raises:
+        WeightMismatchError: Their text tower is not the anchor's.
+    """
     found = pretrained.read_file(weights)
     if not model.name:
         raise ValueError(
             f"{weights} holds fine-tuned weights alone; the anchor is needed, too, by model and pretrained."
         )
     loaded = of_model(model)
+    if other := other_text(found.weights, loaded.source.clip):
+        raise WeightMismatchError(
+            f"{weights} has another text tower than {model.name} {model.pretrained or ''}: {len(other)} of its tensors "
+            f"differ, such as {other[0]}, and what is mixed here is the image tower alone. --model.pretrained "
+            f"{weights} uses both of its towers as they are, without an anchor."
+        )
     theta = {name: w for name, w in found.weights.items() if name.startswith("visual.") or name == "logit_scale"}
     if found.form == "Open-VCLIP":
         model = replace(model, edge="zero")
     return replace(loaded, model=model, theta=theta, anchor_weight=0.5)
+
+
+def other_text(weights: Mapping[str, Tensor], clip: CLIP) -> list[str]:
+    """Tensors of the text tower that are not those of a CLIP, in whatever precision they were kept."""
+    own = clip.state_dict()
+    precisions = torch.float32, torch.float16, torch.bfloat16
+    return [
+        name
+        for name, tensor in weights.items()
+        if name in own and not name.startswith("visual.") and name != "logit_scale"
+        if not any(torch.equal(own[name].to("cpu", kept).float(), tensor) for kept in precisions)
+    ]
 
 
 def of_model(model: ModelConfig) -> Loaded:
