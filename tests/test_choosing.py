@@ -57,9 +57,16 @@ def test_every_kernel_and_anchor_weight_is_judged_at_its_own_weights_and_the_bes
 def test_what_only_the_snapshots_have_is_averaged_alone():
     """A head and rows of a vocabulary; the anchor has another head of that name, and fewer rows in half precision."""
     paths = [
-        saved(f"run/step-{i}.safetensors", i, **{"new.w": torch.randn(4), "embed.w": torch.randn(5, 2)}) for i in (1, 2)
+        saved(
+            f"run/step-{i}.safetensors",
+            i,
+            half=torch.randn(64).bfloat16(),
+            **{"new.w": torch.randn(4), "embed.w": torch.randn(5, 2)},
+        )
+        for i in (1, 2)
     ]
-    anchor = saved("anchor.safetensors", 9, **{"new.w": torch.randn(7), "embed.w": torch.randn(3, 2).bfloat16()})
+    of_anchor = {"new.w": torch.randn(7), "embed.w": torch.randn(3, 2).bfloat16(), "half": torch.randn(64).bfloat16()}
+    anchor = saved("anchor.safetensors", 9, **of_anchor)
     with pytest.raises(WeightMismatchError, match=r"new\.w"):
         choose("run", lambda _: 0.0, data="dev", anchor=anchor)
     with pytest.raises(ValueError, match="without an anchor"):
@@ -84,7 +91,7 @@ def test_what_only_the_snapshots_have_is_averaged_alone():
                     expected[:3] = (1 - ratio) * mean[:3] + ratio * pretrained[name].double()
                 elif name != "new.w":
                     expected = (1 - ratio) * mean + ratio * pretrained[name].double()
-                torch.testing.assert_close(tensor, expected.float())
+                torch.testing.assert_close(tensor, expected.to(tensor.dtype))
     choice.write("out.safetensors")
     written = load_file("out.safetensors")
     assert all(torch.equal(written[name], tensor) for name, tensor in seen[1].items())
