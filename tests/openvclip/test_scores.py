@@ -101,8 +101,8 @@ def test_videos_of_several_labels_are_measured_by_the_mean_average_precision_of_
     videos, classes = [f"/v{i}.mp4" for i in range(50)], [f"c{i}" for i in range(6)]
     logits = generator.integers(0, 8, size=(50, 1, 2, 6)).astype(np.float32)  # many are equal
     shown = generator.random((50, 6)) < 0.3
-    shown[~shown.any(axis=1), 0] = True
     shown[:, 5] = False  # a class that no video shows competes, and has no average precision
+    shown[~shown.any(axis=1), 0] = True
     files = LogitFiles(tmp_path, {"videos": videos, "scorers": ["0.5"], "views": 2, "classes": classes})
     files.prepare()
     bad = [4, 30]
