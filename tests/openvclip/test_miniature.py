@@ -52,6 +52,10 @@ def test_held_out_concepts_are_not_trained_on() -> None:
     for name, count in (("closed", 30), ("zs_object", 100), ("zs_motion", 20), ("zs_colour", 15)):
         assert len(concepts[name]) == count
         assert name == "closed" or not concepts[name] & concepts["train"]
+    misleading = sets["out_of_context"]
+    assert {recipe.label for recipe in misleading} == {recipe.label for recipe in sets["closed"]}
+    assert all(recipe.behind != recipe.concept for recipe in misleading)
+    assert {recipe.behind for recipe in misleading} <= concepts["train"]
     keys = [recipe.key for recipes in sets.values() for recipe in recipes]
     assert len(set(keys)) == len(keys)
     assert tasks.draw_sets(0, 2) == sets

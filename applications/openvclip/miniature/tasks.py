@@ -7,6 +7,7 @@
 | zs_motion | 20 other objects x 5 motions | HMDB-51: needs more than one frame |
 | zs_colour | 15 other objects x 8 colours | knowledge of CLIP that the closed set never asks for |
 | images | all 320 concepts, clean stills | ImageNet: the open vocabulary itself |
+| out_of_context | those of train, before another of their objects | UCF-SCUBA: a background that misleads |
 
 Videos are real .mp4 files, made once and kept in a cache folder; a still is a video of one frame.
 """
@@ -54,6 +55,8 @@ class ClipRecipe:
     colour: str | None
     hardness: float
     key: tuple[int, int, int]
+    behind: int | None = None
+    """The concept of another class in the background."""
 
 
 def draw_sets(seed: int, train_videos_per_class: int) -> dict[str, list[ClipRecipe]]:
@@ -81,6 +84,7 @@ def draw_sets(seed: int, train_videos_per_class: int) -> dict[str, list[ClipReci
             ("zs_motion", motion_classes, 4, 0.8),
             ("zs_colour", colour_classes, 3, 0.35),
             ("images", image_classes, 2, 0.0),
+            ("out_of_context", closed, 4, 0.8),
         ]
     ):
         sets[name] = [
@@ -92,6 +96,7 @@ def draw_sets(seed: int, train_videos_per_class: int) -> dict[str, list[ClipReci
                 colour=colour,
                 hardness=hardness,
                 key=(seed, 1 + number, index * videos_per_class + i),
+                behind=int(rng.choice([c for c in seen if c != concept])) if name == "out_of_context" else None,
             )
             for index, (label, concept, motion, colour) in enumerate(classes)
             for i in range(videos_per_class)
@@ -105,7 +110,7 @@ def render(recipe: ClipRecipe) -> np.ndarray:
     if recipe.motion is None:
         image, _ = world.stills(rng, np.array([recipe.concept]))
         return (image * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    return world.clip(rng, recipe.concept, recipe.motion, recipe.colour, recipe.hardness)
+    return world.clip(rng, recipe.concept, recipe.motion, recipe.colour, recipe.hardness, recipe.behind)
 
 
 def write_video(path: Path, frames: np.ndarray) -> None:

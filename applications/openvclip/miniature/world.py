@@ -137,7 +137,14 @@ def stills(
     return images.clamp(0, 1), captions
 
 
-def clip(rng: np.random.Generator, concept: int, motion: str, colour: str | None, hardness: float) -> np.ndarray:
+def clip(
+    rng: np.random.Generator,
+    concept: int,
+    motion: str,
+    colour: str | None,
+    hardness: float,
+    behind: int | None = None,
+) -> np.ndarray:
     """One video of one concept: (16, 32, 32, 3) uint8.
 
     Time runs so that every fourth frame (`SAMPLED_FRAMES` of them) spans a range of 2 in the formulas of motion.
@@ -148,6 +155,7 @@ def clip(rng: np.random.Generator, concept: int, motion: str, colour: str | None
         motion: One of `MOTIONS`.
         colour: A key of `FOREGROUNDS`; None draws one.
         hardness: 0 is a clean background; 1 is full clutter, blur, noise and colour cast.
+        behind: Index of another concept, which fills the background; by default none does.
     """
     n, h = CLIP_FRAMES, hardness
     stride = n // SAMPLED_FRAMES
@@ -174,6 +182,8 @@ def clip(rng: np.random.Generator, concept: int, motion: str, colour: str | None
     background = palette(GROUNDS, rng.integers(len(GROUNDS), size=1), rng) + h * rng.uniform(0.12, 0.28) * clutter
     roll = np.round(np.outer(np.arange(n) / stride, rng.integers(-1, 2, 2))).astype(int)
     background = torch.cat([background.roll(tuple(shift), dims=(2, 3)) for shift in roll.tolist()])
+    if behind is not None:
+        background = with_object(background, rng, behind)
     for _ in range(2):
         background = with_bar(background, rng, t, present=rng.random() < 0.7 * h)
     video = background + coverage * (foreground - background)
@@ -201,6 +211,14 @@ def palette(colours: dict[str, tuple[float, ...]], index: np.ndarray, rng: np.ra
     """The chosen colours, each channel jittered by up to 0.06: (n, 3, 1, 1)."""
     rgb = np.array(list(colours.values()))[index] + rng.uniform(-0.06, 0.06, (len(index), 3))
     return torch.from_numpy(rgb.astype(np.float32))[:, :, None, None]
+
+
+def with_object(video: Tensor, rng: np.random.Generator, concept: int) -> Tensor:
+    """The video with a concept behind everything: as large as the image, half transparent, not moving."""
+    x, y = rng.uniform(-0.4, 0.4, (2, 1))
+    coverage = draw(np.array([concept]), Pose(x, y, angle=rng.uniform(-0.25, 0.25, 1), scale=np.ones(1)))
+    colour = palette(FOREGROUNDS, rng.integers(len(FOREGROUNDS), size=1), rng)
+    return video + 0.5 * coverage * (colour - video)
 
 
 def with_bar(video: Tensor, rng: np.random.Generator, t: np.ndarray, *, present: bool) -> Tensor:
