@@ -128,7 +128,8 @@ class InterpolatedWeightRegularizer(AlphaSequence):
         self.model = model
         self.strength = strength
         self.interpolated_loss: Tensor | None = None
-        """The loss at the interpolated weights of the last `backward`, detached; for logs. None with `strength=0`."""
+        """The loss at the interpolated weights of the last `backward`, detached; for logs. None with `strength=0`, and
+        where `passes="random"` has drawn theta."""
         self._ended_by = -1
 
     @property
@@ -308,6 +309,7 @@ class InterpolatedWeightRegularizer(AlphaSequence):
         total, generator = 1 + self.strength, self._generator(index)
         generator.random()  # the first draw is alpha
         if generator.random() * total < 1:
+            self.interpolated_loss = None
             return _accumulate(self.model, loss_fn, batch, total)
         self.interpolated_loss = self._interpolated(self.model, loss_fn, batch, total, index)
         return self.interpolated_loss

@@ -85,6 +85,9 @@ class RegularizerConfig:
     """Weight of the gradient at the interpolated weights."""
     alpha_per: Literal["micro-batch", "step"] = "micro-batch"
     """Whether every micro-batch draws its own, as published, or all of a step share one, as fsdp2 demands."""
+    passes: Literal["both", "split", "random"] = "both"
+    """Whether all clips pass the weights and the interpolated ones too, or, in half the time and with an unbiased but
+    noisier gradient, half of them either or all of them one of the two, drawn at random."""
 
 
 @dataclass(frozen=True)

@@ -292,7 +292,7 @@ def regularizer(method: Method, model: nn.Module, config: Config) -> Interpolate
     """What keeps the weights near the anchor while training."""
     if method in IWR:
         r = config.regularizer
-        return InterpolatedWeightRegularizer(model, r.max_alpha, r.strength, seed=config.seed)
+        return InterpolatedWeightRegularizer(model, r.max_alpha, r.strength, passes=r.passes, seed=config.seed)
     return L2Penalty(model, strength=1.0 if method == "l2" else 0.0)
 
 

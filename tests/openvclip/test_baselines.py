@@ -16,6 +16,7 @@ from applications.openvclip.runs.journal import read_journal
 from applications.openvclip.runs.weights import load_weights
 from applications.openvclip.training.l2_penalty import L2Penalty
 from applications.openvclip.training.teacher import Teacher
+from applications.openvclip.training_run import regularizer
 from interpolate import load_weights as load_into
 from tests.openvclip.steps import Plan, Scorer, small_batches, small_step
 from tests.openvclip.test_commands import arguments
@@ -127,3 +128,25 @@ def test_a_recipe_on_real_data_needs_videos(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--data\.train: ViT-B-16-quickgelu needs videos to train on"):
         train.main(["vit_b_16", "--output", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("passes", ["split", "random"])
+def test_one_pass_for_both_terms_is_what_the_library_computes_with_the_clips(passes: str) -> None:
+    plan = Plan(micro_batch=8, clips_at_once=8)
+    step, alone = small_step(plan), small_step(plan)
+    config = RECIPES["miniature"]()
+    config = replace(config, regularizer=replace(config.regularizer, passes=passes))
+    step.regularizer, expected = (regularizer("iwr", s.model, config) for s in (step, alone))
+    (batch,) = itertools.islice(small_batches(step.order), 1)
+    with expected.one_step():
+        expected.backward(
+            lambda model, clips, labels: F.cross_entropy(model(clips, alone.class_embeddings), labels),
+            batch.clips,
+            batch.labels,
+            index=0,
+        )
+    assert expected.passes == passes
+    step.max_gradient_norm = float("inf")
+    step(iter([batch]))
+    for found, p in zip(step.encoder.parameters(), alone.encoder.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, p.grad)

@@ -34,9 +34,9 @@ class L2Penalty:
     def alpha_of(self, index: int) -> float:
         return 0.0
 
-    def backward(self, loss_fn: Callable[[nn.Module], Tensor], *, index: int) -> Tensor:
+    def backward(self, loss_fn: Callable[..., Tensor], *batch: Tensor, index: int) -> Tensor:
         """Accumulate `g(theta)` in the parameters' `.grad`; returns the loss, detached."""
-        loss = loss_fn(self.model)
+        loss = loss_fn(self.model, *batch)
         loss.backward()
         return loss.detach()
 

@@ -123,9 +123,11 @@ class Step:
                 target = self.teacher.target(labels, lambda model, clips=clips: self._logits(model, clips))
             with synchronising(self.model, wanted=last):
                 loss = self.regularizer.backward(
-                    lambda model, clips=clips, target=target, share=share: scaler.scale(
+                    lambda model, clips, target, share=share: scaler.scale(
                         n * share * F.cross_entropy(self._logits(model, clips), target)
                     ),
+                    clips,
+                    target,
                     index=self._alpha_index(m),
                 )
             losses[0] += loss.double()
