@@ -117,6 +117,18 @@ def test_a_signal_ends_training_after_its_step_and_nothing_is_lost(tmp_path: Pat
     assert_same(whole, resumed)
 
 
+def test_a_signal_after_the_last_step_stops_the_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation of hours would come next."""
+    trainer = make_trainer(tmp_path / "run")
+    save = trainer.save
+    monkeypatch.setattr(trainer, "save", lambda: (save(), os.kill(os.getpid(), signal.SIGTERM)))
+    assert fit(trainer) == "SIGTERM"
+    resumed = make_trainer(tmp_path / "run")
+    resumed.resume()
+    assert fit(resumed) is None
+    assert_same(trainer, resumed)
+
+
 @pytest.mark.parametrize(
     ("value", "where"),
     [

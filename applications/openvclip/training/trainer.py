@@ -99,6 +99,8 @@ class Trainer:
                 if self._evaluation_is_due() and not stopped:
                     self._evaluate(interruption)
             self.checkpoints.wait()
+            if not stopped:  # the last step could not know of a signal that came after it
+                (stopped,) = distributed.summed([interruption.signal is not None])
         return None if not stopped else interruption.signal or "a signal to another process"
 
     def _is_due(self) -> bool:
