@@ -67,4 +67,4 @@ def evaluation_ranges(config: Config, evaluation: str = "", data: str = "") -> I
     yield f"{evaluation}batch_size", e.batch_size, "at least 1", e.batch_size >= 1
     yield f"{data}workers", d.workers, "at least 1", d.workers >= 1
     yield f"{data}time_limit_s", d.time_limit_s, "positive", d.time_limit_s > 0
-    yield f"{data}cache_gb", d.cache_gb, "positive", d.cache_gb > 0
+    yield f"{data}cache_gb", d.cache_gb, "positive and finite", 0 < d.cache_gb < inf

@@ -45,6 +45,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         ),
         (["--sampling.frames", "0"], "frames, views and stride must"),
         (["--data.workers", "0"], "--data.workers: must be at least 1, got 0"),
+        (["--data.cache-gb", "inf"], "--data.cache-gb: must be positive and finite, got inf"),
         (["--data.train", "miniature:trian"], "miniature:trian: there is no such set"),
         (["--data.test", "absent.csv"], "absent.csv: no such file or folder"),
         (["--evaluation.protocols", "ucf101/EP9"], "'ucf101/EP9' is not a protocol"),

@@ -104,7 +104,9 @@ def test_impossible_clips_are_refused(change: dict, message: str) -> None:
         ({"frames": 0}, "got 0, 3 and 16"),
         ({"crops": 2}, "crops must be 1 or 3, got 2"),
         ({"sampler": "random"}, "dense, slowfast-offset, slowfast-uniform, segment, got 'random'"),
-        ({"target_fps": 0.0}, "target_fps must be positive, got 0"),
+        ({"target_fps": 0.0}, "target_fps must be positive and finite, got 0"),
+        ({"target_fps": np.inf}, "target_fps must be positive and finite, got inf"),
+        ({"stride": np.inf}, "stride must be positive and finite, got 8, 3 and inf"),
     ],
 )
 def test_impossible_samplings_are_refused(change: dict, message: str) -> None:

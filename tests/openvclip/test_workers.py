@@ -105,6 +105,12 @@ def test_what_hangs_or_crashes_is_reported_and_the_rest_goes_on() -> None:
     assert read == [key for key in keys if key not in errors]
 
 
+@pytest.mark.parametrize("time_limit_s", [3e6, float("inf")])
+def test_a_time_limit_may_be_longer_than_the_system_can_wait(time_limit_s: float) -> None:
+    with Workers(Misbehave(), 1, time_limit_s) as pool:
+        assert not any(isinstance(value, VideoReadError) for value in pool.map(["0", "1"]))
+
+
 @pytest.mark.parametrize(
     ("key", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Literal
 
 import numpy as np
@@ -32,12 +33,13 @@ class Sampling:
     """Test crops of each of them along the longer side: 1 (centre) or 3."""
 
     def __post_init__(self) -> None:
-        if self.frames < 1 or self.views < 1 or not self.stride > 0:
+        if self.frames < 1 or self.views < 1 or not 0 < self.stride < inf:
             raise ValueError(
-                f"frames, views and stride must be positive, got {self.frames}, {self.views} and {self.stride}."
+                f"frames, views and stride must be positive and finite, got {self.frames}, {self.views} and "
+                f"{self.stride}."
             )
-        if self.target_fps is not None and not self.target_fps > 0:
-            raise ValueError(f"target_fps must be positive, got {self.target_fps}.")
+        if self.target_fps is not None and not 0 < self.target_fps < inf:
+            raise ValueError(f"target_fps must be positive and finite, got {self.target_fps}.")
         if self.crops not in (1, 3):
             raise ValueError(f"crops must be 1 or 3, got {self.crops}.")
         if self.sampler not in SAMPLERS:

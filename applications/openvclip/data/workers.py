@@ -23,6 +23,8 @@ from typing import Any, Generic, TypeVar
 from applications.openvclip.data.decode import VideoReadError
 
 _REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_LONGEST_POLL_S = 2_000_000.0
+"""The system counts milliseconds in 31 bits; a longer time limit is none."""
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -166,7 +168,7 @@ class _Worker:
                 _content(connection.recv())
                 self._is_ready = True
             connection.send(key)
-            if connection.poll(self._time_limit_s):
+            if connection.poll(self._time_limit_s if self._time_limit_s < _LONGEST_POLL_S else None):
                 return _content(connection.recv())
         except (EOFError, ConnectionError):
             fate = self.bury()
