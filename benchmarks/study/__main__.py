@@ -1,0 +1,49 @@
+"""Does the method do what the paper says? Every method on the miniature, over seeds, and a report.
+
+$ python -m benchmarks.study --quick            # two seeds, the paper's rows
+$ python -m benchmarks.study                    # five seeds, all methods
+$ python -m benchmarks.study --full             # other schedules, fewer videos, sensitivities too
+$ python -m benchmarks.study --report-only      # the page anew from what was found
+
+Stopped by Ctrl-C it goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from applications.openvclip.miniature import tasks
+from benchmarks.measuring import RESULTS
+from benchmarks.study import findings, report
+from benchmarks.study.methods import SEEDS, Size, trainings_of
+from benchmarks.study.running import jobs, run_all
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--quick", dest="size", action="store_const", const="quick", default="default")
+    sizes.add_argument("--full", dest="size", action="store_const", const="full")
+    parser.add_argument("--output", type=Path, default=RESULTS / "study", help="of findings.json, report.md and plots")
+    parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of the runs, hundreds of MB")
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, a core each")
+    parser.add_argument("--report-only", action="store_true", help="run nothing")
+    options = parser.parse_args(arguments)
+    size: Size = options.size
+    found = options.output / "findings.json"
+    if not options.report_only:
+        for seed in SEEDS[size]:
+            tasks.prepare(seed)  # before several runs would make the same videos
+        everything = jobs(trainings_of(size), SEEDS[size], options.runs)
+        run_all(everything, options.parallel)
+        options.output.mkdir(parents=True, exist_ok=True)
+        findings.write(findings.gather(everything, size), found)
+    report.write(findings.read(found), options.output)
+    print(options.output / "report.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The study as a page: tables and figures in the form of the paper's, and what became of each claim."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from applications.openvclip.runs.texts import write_text
+from applications.openvclip.zeroshot.results import BASELINE
+from benchmarks.study.analysis import Estimate, estimate, gaps, paired, verdict
+from benchmarks.study.findings import Findings
+from benchmarks.study.methods import CLAIMS, PATCH, ROWS, SETS, ZERO_SHOT, Row
+
+COLUMNS = ("closed", "zero-shot", *SETS[1:])
+TABLE_4 = ("fine-tuning", "fine-tuning + patch", "IWR + patch", "SWA + patch", "IWR + SWA + patch")
+TABLE_5 = ("fine-tuning + patch", "l2 + patch", "l2 + SWA + patch", "IWR + SWA + patch")
+FIGURE_2 = ("fine-tuning + patch", "IWR + patch", "SWA + patch", "IWR + SWA + patch")
+FIGURE_3 = ("IWR + SWA + patch",)
+BY_NAME = {row.name: row for row in ROWS}
+HOW_CLAIMS_ARE_JUDGED = """\
+How much more zero-shot accuracy one curve has than another: the mean over the closed-set accuracies that both reach,
+paired by seed; in brackets 95 % of the bootstrap over seeds, which is somewhat narrow for so few, and for two seeds
+their range. *Held* and *not held*: the bracket excludes 0. Beside it the differences at the one anchor weight, where a
+method that only slides along the curve looks like one that lifts it."""
+
+
+def write(findings: Findings, folder: Path) -> None:
+    """`report.md`, `figure-2.png` and `figure-3.png`."""
+    there = [row for row in ROWS if findings.of(row.training)]
+    figure(findings, _there(FIGURE_2, there), ("zero-shot",)).savefig(folder / "figure-2.png", dpi=150)
+    figure(findings, _there(FIGURE_3, there), SETS[1:]).savefig(folder / "figure-3.png", dpi=150)
+    write_text(folder / "report.md", markdown(findings))
+
+
+def markdown(findings: Findings) -> str:
+    there = [row for row in ROWS if findings.of(row.training)]
+    return (
+        "\n\n".join(
+            [
+                "# The method in miniature",
+                made_of(findings),
+                "## Claims, at equal closed-set accuracy",
+                HOW_CLAIMS_ARE_JUDGED,
+                claims(findings, there),
+                "## What each part adds (the paper's Table 4)",
+                table(findings, _there(TABLE_4, there)),
+                "## Beside the l2 penalty (the paper's Table 5)",
+                table(findings, _there(TABLE_5, there)),
+                "## Closed-set and zero-shot accuracy (the paper's Figure 2)",
+                "![Closed-set and zero-shot accuracy along the anchor weight](figure-2.png)",
+                "## Along the anchor weight (the paper's Figure 3)",
+                "![Each set along the anchor weight](figure-3.png)",
+                "## All rows",
+                table(findings, there),
+            ]
+        )
+        + "\n"
+    )
+
+
+def made_of(findings: Findings) -> str:
+    p = findings.provenance
+    return (
+        f"Top-1 in %, mean ± standard deviation over the seeds {', '.join(map(str, findings.seeds))}. Zero-shot is the "
+        f"mean of {', '.join(ZERO_SHOT)}; patched rows have an anchor weight of {PATCH:g}. Made by `{p['command']}` at "
+        f"{p['commit']}, with {json.dumps(p['versions'])} on {json.dumps(p['hardware'])}."
+    )
+
+
+def _there(names: Iterable[str], rows: Sequence[Row]) -> list[Row]:
+    return [BY_NAME[name] for name in names if BY_NAME[name] in rows]
+
+
+def table(findings: Findings, rows: Sequence[Row]) -> str:
+    """The untrained models and the given rows, under every set."""
+    untrained = [(f"{BASELINE}, per frame", BASELINE), (f"{BASELINE}, temporal", "1")]
+    lines = [[name, *(findings.baseline(scorer, c) for c in COLUMNS)] for name, scorer in untrained]
+    lines += [[row.name, *(findings.values(row, c) for c in COLUMNS)] for row in rows]
+    return _markdown(
+        ("method", *COLUMNS),
+        [[name, *(_mean_std(estimate(list(values.values()))) for values in cells)] for name, *cells in lines],
+    )
+
+
+def claims(findings: Findings, there: Sequence[Row]) -> str:
+    lines = []
+    for claim in CLAIMS:
+        better, worse = BY_NAME[claim.better], BY_NAME[claim.worse]
+        if better not in there or worse not in there:
+            continue
+        at_equal = {m: gaps(findings.curves(better, m), findings.curves(worse, m)) for m in ("zero-shot", *SETS[-1:])}
+        fixed = [paired(findings.values(better, m), findings.values(worse, m)) for m in ("closed", "zero-shot")]
+        cells = (_difference(e) for e in (*at_equal.values(), *fixed))
+        lines.append([claim.text, f"**{verdict(at_equal['zero-shot'])}**", *cells])
+    head = ("claim", "", "zero-shot, equal closed", "out of context, equal closed")
+    return _markdown((*head, f"closed at {PATCH:g}", f"zero-shot at {PATCH:g}"), lines)
+
+
+def _mean_std(e: Estimate) -> str:
+    return f"{100 * e.mean:.1f} ± {100 * e.std:.1f}"
+
+
+def _difference(e: Estimate | None) -> str:
+    return "-" if e is None else f"{100 * e.mean:+.1f} [{100 * e.low:+.1f}, {100 * e.high:+.1f}]"
+
+
+def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
+
+
+def figure(findings: Findings, rows: Sequence[Row], measures: Sequence[str]) -> Figure:
+    """Closed-set accuracy and another along the anchor weight, the mean over seeds: a panel for each measure."""
+    drawn = Figure(figsize=(3.6 * len(measures), 3.8), layout="constrained")
+    for axes, measure in zip(drawn.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
+        for row in rows:
+            curves = list(findings.curves(row, measure).values())
+            points = [[100 * sum(xy) / len(curves) for xy in zip(*at, strict=True)] for at in zip(*curves, strict=True)]
+            axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=row.name)
+        axes.set(xlabel="closed, top-1 (%)", ylabel="top-1 (%)", title=measure)
+        axes.grid(alpha=0.3)
+    drawn.axes[0].legend(fontsize=7)
+    return drawn

@@ -1,0 +1,1 @@
+from tests.openvclip.conftest import small_world as small_world

@@ -1,0 +1,143 @@
+"""What the study concludes from accuracies, by hand-computed cases."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from applications.openvclip.miniature import tasks
+from benchmarks.study import findings, report
+from benchmarks.study.analysis import Estimate, estimate, gap, gaps, paired, useful_branch, verdict
+from benchmarks.study.findings import Findings
+from benchmarks.study.methods import CLAIMS, ROWS, SEEDS, SETS, SIZES, TRAININGS, trainings_of
+from benchmarks.study.running import ended, jobs, write_few
+
+ACCURACIES = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=2, max_size=8)
+
+
+def test_the_useful_branch_ends_at_the_best_closed_accuracy() -> None:
+    assert useful_branch([(3, 5), (5, 6), (4, 9), (7, 5), (6, 4)]) == [(3, 5), (5, 6), (7, 5)]
+
+
+def test_the_gap_is_the_mean_over_what_both_curves_reach() -> None:
+    # from 2 to 5, where the first curve is 4, 6, 6 at 2, 4, 5 and the second 4 throughout: (1 * 2 + 2) / 3
+    assert gap([(0, 0), (2, 4), (4, 6), (8, 6), (7, 0)], [(0, 0), (1, 4), (5, 4)]) == pytest.approx(4 / 3)
+
+
+def test_curves_without_a_common_closed_accuracy_are_not_compared() -> None:
+    assert gap([(0, 0), (1, 1), (2, 1)], [(0, 0), (3, 1), (4, 1)]) is None
+    assert gap([(0, 0)], [(0, 0), (3, 1)]) is None
+    assert gaps({1: [(0, 0), (2, 2), (4, 2)], 2: [(0, 0)]}, {1: [(0, 0), (2, 1), (4, 1)], 2: [(0, 0)]}) is None
+
+
+@given(ACCURACIES, ACCURACIES)
+def test_the_gap_of_swapped_methods_has_the_other_sign(a: list, b: list) -> None:
+    found = gap(a, b)
+    assert gap(b, a) == (None if found is None else pytest.approx(-found))
+
+
+@given(ACCURACIES, st.integers(-5, 5))
+def test_the_gap_of_a_curve_over_itself_moved_up_is_how_far(curve: list, up: int) -> None:
+    assert gap([(x, y + up) for x, y in curve], curve) in (None, pytest.approx(up))
+
+
+def test_a_method_that_only_slides_along_the_curve_has_no_gap() -> None:
+    line = [(x, 10 - x) for x in range(8)]
+    assert gap(line[::2], line) == pytest.approx(0)
+
+
+def test_the_interval_of_two_seeds_is_their_range() -> None:
+    found = estimate([1.0, 3.0])
+    assert found == Estimate(mean=2.0, std=2**0.5, low=1.0, high=3.0, n=2)
+
+
+@given(st.lists(st.integers(-100, 100), min_size=1, max_size=5))
+def test_an_interval_holds_its_mean_and_lies_in_the_range(values: list[int]) -> None:
+    found = estimate(values)
+    assert min(values) - 1e-9 <= found.low <= found.mean + 1e-9
+    assert found.mean - 1e-9 <= found.high <= max(values) + 1e-9
+
+
+def test_a_verdict_needs_an_interval_on_one_side_of_zero() -> None:
+    assert verdict(estimate([0.1, 0.2])) == "held"
+    assert verdict(estimate([-0.1, -0.2])) == "not held"
+    assert verdict(estimate([-0.1, 0.2])) == verdict(estimate([0.1])) == "within noise"
+    assert verdict(None) == "cannot be compared"
+
+
+def test_differences_are_paired_by_seed() -> None:
+    assert paired({1: 5.0, 2: 9.0, 3: 1.0}, {2: 8.0, 1: 3.0}) == estimate([2.0, 1.0])
+    assert paired({1: 5.0}, {2: 5.0}) is None
+
+
+def test_every_row_and_claim_is_of_something_trained() -> None:
+    assert {row.training for row in ROWS} == {training.name for training in TRAININGS}
+    names = [row.name for row in ROWS]
+    assert len(set(names)) == len(names)
+    assert {name for claim in CLAIMS for name in (claim.better, claim.worse)} <= set(names)
+    assert {*report.TABLE_4, *report.TABLE_5, *report.FIGURE_2, *report.FIGURE_3} <= set(names)
+    assert [len(trainings_of(size)) * len(SEEDS[size]) for size in SIZES] == [4, 45, 175]
+
+
+def test_what_would_be_trained_is_a_valid_configuration(tmp_path: Path) -> None:
+    made = jobs(TRAININGS, (10,), tmp_path)
+    assert not any(map(ended, made))
+    assert len({job.folder.path for job in made}) == len(TRAININGS)
+
+
+def test_a_finished_run_with_other_settings_is_refused(tmp_path: Path) -> None:
+    from applications.openvclip.commands.train import parse
+    from applications.openvclip.config import to_dict
+
+    (job,), (other,) = (jobs(TRAININGS[:1], (10,), tmp_path, more) for more in ((), ("--optimization.epochs", "7")))
+    job.folder.path.mkdir(parents=True)
+    job.folder.write_settings(to_dict(parse(job.arguments)))
+    job.folder.results.write_text("{}")
+    assert ended(job)
+    with pytest.raises(FileExistsError, match="epochs: 3, now 7"):
+        ended(other)
+
+
+def made_up() -> Findings:
+    """Two seeds of two trainings, in which IWR lies 2 points above and SWA, the baseline, is a straight line."""
+
+    def sets(up: float) -> dict[str, dict[str, float]]:
+        weights = (1.0, 0.75, 0.5, 0.0)
+        found: dict[str, dict[str, float]] = {name: {"CLIP*": 0.3} for name in SETS}
+        for prefix, name in [(prefix, name) for prefix in ("", "last ") for name in SETS]:
+            for weight in weights:
+                y = 0.2 + 0.4 * (1 - weight) if name == "closed" else 0.5 - 0.2 * (1 - weight) + up * (weight < 1)
+                found[name][f"{prefix}{weight:g}"] = y
+        return found
+
+    accuracy = {name: {"10": sets(up), "11": sets(up + 0.01)} for name, up in (("plain", 0.0), ("iwr", 0.02))}
+    provenance: dict[str, Any] = {"command": "study", "commit": "abc", "versions": {}, "hardware": {}}
+    return Findings("quick", [10, 11], provenance, {}, accuracy)
+
+
+def test_a_report_says_what_became_of_each_claim(tmp_path: Path) -> None:
+    findings.write(made_up(), tmp_path / "findings.json")
+    assert findings.read(tmp_path / "findings.json") == made_up()
+    report.write(made_up(), tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| IWR adds to SWA | **held** | +2.0 [+2.0, +2.0] | +2.0 [+2.0, +2.0] | +0.0 [+0.0, +0.0] | +2.0" in text
+    assert "| SWA lifts the curve of fine-tuning | **within noise** | +0.0 [+0.0, +0.0]" in text
+    assert "l2" not in text.replace("the l2 penalty", "")  # rows of what was not trained are left out
+    assert "| IWR + SWA + patch | 40.0 ± 0.0 | 42.5 ± 0.7 |" in text
+    assert "| CLIP*, temporal | 20.0 ± 0.0 | 50.0 ± 0.0 |" in text
+    assert (tmp_path / "figure-2.png").stat().st_size > 1000
+    assert (tmp_path / "figure-3.png").stat().st_size > 1000
+
+
+def test_fewer_videos_are_the_first_of_every_class(tmp_path: Path, small_world: dict[str, Path], monkeypatch) -> None:
+    from applications.openvclip.data.manifest import read_manifest
+
+    whole = read_manifest(small_world["train"])
+    monkeypatch.setattr(tasks, "prepare", lambda seed: {"train": whole})
+    write_few(tmp_path / "few.csv", 10, 2)
+    few = read_manifest(tmp_path / "few.csv")
+    assert few.classes == whole.classes
+    assert [few.labels.count(i) for i in range(len(few.classes))] == [2] * len(whole.classes)
+    assert few.location(0) == whole.location(0)
