@@ -104,7 +104,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_with_its_name(
         os.kill(ranks(run)[1], number)
         printed = run.communicate(timeout=TIME_LIMIT_S)[0]
     assert run.returncode == 1
-    assert expected in printed
+    assert expected in printed, printed
     assert newest(tmp_path / "run")
 
 

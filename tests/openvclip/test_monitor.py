@@ -192,6 +192,18 @@ def test_curves_are_drawn_as_it_runs_and_at_the_end(tmp_path: Path, clock) -> No
     assert {path.name for path in tmp_path.iterdir()} == {"journal.jsonl", "curves.png"}
 
 
+def test_what_went_wrong_is_told_before_the_picture_is_drawn(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    seen = Monitor(Journal(folder.journal), folder, STEPS, 4, tensorboard=False)
+    seen.__enter__()
+    seen.step(1, values(1), waited_s=0.0)
+    seen.__exit__(FloatingPointError)
+    assert not folder.curves.exists()  # it takes seconds to begin to draw
+    with monitor._left_to_draw.pop() as drawing:
+        assert drawing.wait(timeout=300) == 0
+    assert folder.curves.exists()
+
+
 def test_a_picture_that_cannot_be_drawn_is_told_and_stops_nothing(tmp_path: Path, capsys) -> None:
     (tmp_path / "curves.png").mkdir()
     train(tmp_path)

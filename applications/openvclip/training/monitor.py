@@ -30,6 +30,9 @@ _DRAWING_LIMIT_S = 120.0
 _WINDOW = 50
 """Steps over which the share of time waiting for data is shown."""
 
+_left_to_draw: list[subprocess.Popen[bytes]] = []
+"""Pictures of trainings that have failed, drawn by themselves."""
+
 
 class Monitor:
     """Shows and records the steps of a run; one process does.
@@ -119,13 +122,17 @@ class Monitor:
             self._progress.start()
             self._last = time.monotonic()
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type | None, *error: object) -> None:
         self._progress.stop()
         if self._writer:
             self._writer.close()
-        self._finish_drawing(wait=True)
-        if self.journal and self._steps > self._drawn_steps:
+        told_first = kind is not None  # what went wrong; torchrun may leave no time for the picture
+        self._finish_drawing(wait=not told_first)
+        if self.journal and self._steps > self._drawn_steps and self._drawing is None:
             self._draw()
+        if told_first and self._drawing:
+            _left_to_draw.append(self._drawing)
+        else:
             self._finish_drawing(wait=True)
 
     def _details(self, memory: float | None) -> str:
