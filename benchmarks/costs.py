@@ -102,6 +102,14 @@ def costs() -> list[Cost]:
     figure += f"{together['seconds, median']:.2f} s and not {apart['seconds, median']:.1f}"
     what = f"{one_pass['parts']} protocol parts at {len(one_pass['anchor_weights'])} anchor weights in one pass"
     rows.append(Cost(what, figure, f"one by one, {one_pass['videos']} small videos", "one_pass_evaluation", True))
+    training = results("training_throughput")
+    for size, found in training["bare loop over trainer, ready clips"].items():
+        figure = f"speed {quartiles(found['ratio'])}"
+        rows.append(Cost(f"training, clips of {size}", figure, "a bare loop on ready clips", "training_throughput"))
+    decoded = training["decoded clips"]
+    figure = f"{decoded['waiting']:.1%} of the time waiting for {decoded['workers']} reading processes"
+    against = f"{len(decoded['videos'])} clips of Kinetics again and again, {decoded['clips_per_s']:.1f} clips/s"
+    rows.append(Cost("training, clips that are decoded", figure, against, "training_throughput"))
     for video, found in results("decoding")["videos"].items():
         for how, contenders in found.items():
             if isinstance(contenders, dict):
