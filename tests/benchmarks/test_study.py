@@ -13,6 +13,7 @@ from benchmarks.study.analysis import Estimate, estimate, gap, gaps, paired, use
 from benchmarks.study.findings import Findings
 from benchmarks.study.methods import CLAIMS, ROWS, SEEDS, SETS, SIZES, TRAININGS, trainings_of
 from benchmarks.study.running import ended, jobs, write_few
+from tests.openvclip.conftest import small_world as small_world
 
 ACCURACIES = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=2, max_size=8)
 

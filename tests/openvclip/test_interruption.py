@@ -13,8 +13,10 @@ import pytest
 from applications.openvclip.training.interruption import Interruption
 
 _LOOP = """
-import time
-from applications.openvclip.training.interruption import Interruption
+import signal, time
+from applications.openvclip.training.interruption import SIGNALS, Interruption
+for number in SIGNALS:
+    signal.signal(number, signal.SIG_DFL)  # whatever these tests were started by, such as nohup
 with Interruption() as interruption:
     print("begun", flush=True)
     while interruption.signal is None:

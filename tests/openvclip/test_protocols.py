@@ -140,7 +140,7 @@ def test_your_own_protocol_comes_from_a_file(tmp_path: Path) -> None:
         ({"templates": 5}, "5"),
         ({"sampling": {"frame": 8}}, r"extra fields found \(frame\) @ \$\.sampling"),
         ({"sampling": {"frames": "8"}}, r"int is expected, got '8' @ \$\.sampling\.frames"),
-        ({"sampling": {"frames": 0}}, "frames, views and stride must be positive, got 0"),
+        ({"sampling": {"frames": 0}}, "frames, views and stride must be positive and finite, got 0"),
         ({"sampling": []}, r"dict is expected, got \[\] @ \$\.sampling"),
         ({"top_k": 5}, r"list is expected, got 5 @ \$\.top_k"),
         ({"top_k": ["1"]}, "int is expected, got '1'"),

@@ -1,1 +1,0 @@
-from tests.openvclip.conftest import small_world as small_world
