@@ -94,6 +94,14 @@ def _result(
     )
 
 
+def among(rows: Tensor, videos: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Which of the rows of a pass are among these videos of it: their indices, and their places in `videos`."""
+    order = videos.argsort()
+    places = order[np.searchsorted(videos, rows.numpy(), sorter=order).clip(max=len(videos) - 1)]
+    here = np.flatnonzero(videos[places] == rows.numpy())
+    return torch.from_numpy(here), torch.from_numpy(places[here])
+
+
 class _Part:
     """Which rows of a part are right, by scorer: all that is kept of the logits. Rows without logits are wrong."""
 
@@ -112,16 +120,11 @@ class _Part:
         self._temperatures = torch.tensor(temperatures)
         self._sure = torch.full((4, n_scorers, len(part)), nan)
         """Of each row: its confidence, the calibrated one, and its highest logit with and without its class."""
-        self._place = torch.full((len(one.videos),), -1)
 
     def add(self, videos: np.ndarray, scores: Tensor, views: int) -> None:
         """Take in the scores (n, scorers, classes) of n videos of the pass, sums over views."""
-        indices = torch.from_numpy(videos)
-        self._place[indices] = torch.arange(len(videos))
-        places = self._place[self.rows]
-        self._place[indices] = -1
-        here = (places >= 0).nonzero().squeeze(1)
-        selected = scores[places[here]][:, :, self.columns]
+        here, places = among(self.rows, videos)
+        selected = scores[places][:, :, self.columns]
         for k, correct in self.correct.items():
             for s in range(scores.shape[1]):
                 correct[s, here] = top_k_correct(selected[:, s], self.labels[here], k)
@@ -174,9 +177,7 @@ class _RankedPart:
 
     def add(self, videos: np.ndarray, scores: Tensor, views: int) -> None:
         """Take in the scores (n, scorers, classes) of n videos of the pass, sums over views."""
-        here = torch.isin(self.rows, torch.from_numpy(videos))
-        place = {row: i for i, row in enumerate(videos.tolist())}
-        places = [place[row] for row in self.rows[here].tolist()]
+        here, places = among(self.rows, videos)
         self.scores[:, here] = scores[places][:, :, self.columns].transpose(0, 1)
 
     def accuracy(self, scorer: int, counted: Tensor) -> dict[str, float]:
