@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from applications.openvclip.zeroshot.results import LAST
+
 Size = Literal["quick", "default", "full"]
 SIZES: tuple[Size, ...] = ("quick", "default", "full")
 
@@ -47,7 +49,7 @@ class Row:
 
 
 def scorer(averaged: bool, anchor_weight: float) -> str:
-    return f"{'' if averaged else 'last '}{anchor_weight:g}"
+    return f"{'' if averaged else LAST}{anchor_weight:g}"
 
 
 def _with(method: str, *options: str) -> tuple[str, ...]:

@@ -30,11 +30,18 @@ class Job:
     options: tuple[str, ...]
 
     @property
+    def few_videos(self) -> Path | None:
+        """The list to train on, where that is not the whole set."""
+        n = self.training.videos_per_class
+        return self.folder.path.parents[1] / f"train-{n}-seed-{self.seed}.csv" if n else None
+
+    @property
     def arguments(self) -> list[str]:
         """Of `openvclip train`; later options overrule earlier ones."""
         return [
             *("miniature", "--output", str(self.folder.path), "--seed", str(self.seed), "--data.workers", "1"),
             *("--data.test", *(f"miniature:{name}" for name in SETS)),
+            *(("--data.train", str(self.few_videos)) if self.few_videos else ()),
             *self.training.options,
             *self.options,
         ]
@@ -53,9 +60,7 @@ def jobs(trainings: Sequence[Training], seeds: Sequence[int], folder: Path, opti
     for seed in seeds:
         for training in trainings:
             path = folder / training.name.replace(",", "").replace(" ", "-") / f"seed-{seed}"
-            few = ("--data.train", str(folder / f"train-{training.videos_per_class}-seed-{seed}.csv"))
-            own = few if training.videos_per_class else ()
-            made.append(Job(training, seed, RunFolder(path), (*own, *options)))
+            made.append(Job(training, seed, RunFolder(path), tuple(options)))
     return made
 
 
@@ -68,6 +73,9 @@ def run_all(jobs: Sequence[Job], parallel: int, say: Callable[[str], object] = p
     """
     missing = [job for job in jobs if not ended(job)]
     say(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them there already")
+    lists = {job.few_videos: job for job in missing if job.few_videos}  # once, before any of the runs reads one
+    for path, job in lists.items():
+        write_few(path, job.seed, job.training.videos_per_class or 0)
     began = time.monotonic()
     with ThreadPoolExecutor(parallel) as pool:
         futures = {pool.submit(run, job): job for job in missing}
@@ -94,8 +102,6 @@ def ended(job: Job) -> bool:
 
 def run(job: Job) -> None:
     """Train and evaluate, in a process of its own on one thread; its output is kept beside the run folder."""
-    if job.training.videos_per_class:
-        write_few(Path(job.options[1]), job.seed, job.training.videos_per_class)
     log = job.folder.path.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as output:
@@ -118,5 +124,4 @@ def write_few(path: Path, seed: int, videos_per_class: int) -> None:
         seen[label] += 1
         if seen[label] <= videos_per_class:
             chosen.append(i)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_manifest(path, manifest.only(chosen))
