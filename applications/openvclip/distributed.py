@@ -72,7 +72,8 @@ def device() -> torch.device:
 
 def here(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors on the device of this process."""
-    return {name: tensor.to(device()) for name, tensor in tensors.items()}
+    where = device()
+    return {name: tensor.to(where) for name, tensor in tensors.items()}
 
 
 def summed(values: list[float]) -> list[float]:
