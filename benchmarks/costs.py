@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from applications.openvclip.runs.texts import markdown_table
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -120,24 +122,23 @@ def costs() -> list[Cost]:
 
 
 def table(rows: list[Cost]) -> str:
-    lines = ["| | time, or as said: median (quartiles) | against | `benchmarks/` |", "|---|---|---|---|"]
-    lines += [f"| {row.what} | {row.figure} | {row.against} | `{row.script}.py` |" for row in rows]
-    return "\n".join(lines) + "\n"
+    header = "", "time, or as said: median (quartiles)", "against", "`benchmarks/`"
+    cells = ([row.what, row.figure, row.against, f"`{row.script}.py`"] for row in rows)
+    return "\n".join(markdown_table(header, cells)) + "\n"
 
 
 def conditions(rows: list[Cost]) -> str:
     """How each script was run, by its own record."""
-    lines = ["| `benchmarks/results/` | command | torch | processor | threads |", "|---|---|---|---|---|"]
+    lines = []
     for script in dict.fromkeys(row.script for row in rows):
         record = results(script)
         about = record.get("provenance", record)
         hardware = about["hardware"]
         processor = f"{hardware.get('cpu') or hardware['machine']}, {hardware['cores']} cores"
         threads = record.get("torch_threads", hardware.get("threads"))
-        lines.append(
-            f"| `{script}.json` | `{about['command']}` | {about['versions']['torch']} | {processor} | {threads} |"
-        )
-    return "\n".join(lines) + "\n"
+        lines.append((f"`{script}.json`", f"`{about['command']}`", about["versions"]["torch"], processor, str(threads)))
+    header = "`benchmarks/results/`", "command", "torch", "processor", "threads"
+    return "\n".join(markdown_table(header, lines)) + "\n"
 
 
 def page() -> str:

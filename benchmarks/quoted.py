@@ -11,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from applications.openvclip.runs.texts import markdown_table
 from applications.openvclip.zeroshot.plot import plot_tradeoff
 from applications.openvclip.zeroshot.results import BASELINE, ProtocolResult, Results, read_results
 from benchmarks import costs
@@ -21,27 +22,23 @@ SHIPPED = Path(__file__).parent / "results" / "miniature" / "results.json"
 PLOT = SHIPPED.with_name("tradeoff.png")
 
 _TABLE = re.compile(r"\| set \| classes \|.*?\n\n", re.DOTALL)
-_COSTS = re.compile(r"\| \| time, or as said.*?\n\n", re.DOTALL)
+_COSTS = re.compile(r"\| +\| time, or as said.*?\n\n", re.DOTALL)
 PERFORMANCE = ROOT / "docs" / "performance.md"
 
 
 def table(results: Results) -> str:
     """The README's table: CLIP*, the fine-tuned weights and the patched ones, the best of each row in bold."""
     final = f"{results.anchor_weight:g}"
-    lines = [
-        f"| set | classes | {BASELINE} | fine-tuned, unpatched | Open-VCLIP, anchor {final} |",
-        "|---|---|---|---|---|",
-        *(_row(result, (BASELINE, "0", final)) for result in results.protocols.values()),
-    ]
-    return "\n".join(lines) + "\n"
+    header = "set", "classes", BASELINE, "fine-tuned, unpatched", f"Open-VCLIP, anchor {final}"
+    rows = (_row(result, (BASELINE, "0", final)) for result in results.protocols.values())
+    return "\n".join(markdown_table(header, rows)) + "\n"
 
 
-def _row(result: ProtocolResult, scorers: tuple[str, ...]) -> str:
+def _row(result: ProtocolResult, scorers: tuple[str, ...]) -> list[str]:
     figures = {scorer: result.text(scorer) for scorer in scorers}
     best = max(figures.values(), key=float)
     name = result.protocol.rpartition("/")[2] + (" (trained on)" if result.closed else "")
-    cells = (f"**{figure}**" if figure == best else figure for figure in figures.values())
-    return f"| {name} | {result.classes} | {' | '.join(cells)} |"
+    return [name, str(result.classes), *(f"**{f}**" if f == best else f for f in figures.values())]
 
 
 def cost_table() -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from applications.openvclip.runs.texts import write_text
+from applications.openvclip.runs.texts import markdown_table, write_text
 from applications.openvclip.zeroshot.results import BASELINE
 from benchmarks.study.analysis import Estimate, estimate, gaps, paired, verdict
 from benchmarks.study.findings import Findings
@@ -79,10 +79,8 @@ def table(findings: Findings, rows: Sequence[Row]) -> str:
     untrained = [(f"{BASELINE}, per frame", BASELINE), (f"{BASELINE}, temporal", "1")]
     lines = [[name, *(findings.baseline(scorer, c) for c in COLUMNS)] for name, scorer in untrained]
     lines += [[row.name, *(findings.values(row, c) for c in COLUMNS)] for row in rows]
-    return _markdown(
-        ("method", *COLUMNS),
-        [[name, *(_mean_std(estimate(list(values.values()))) for values in cells)] for name, *cells in lines],
-    )
+    cells = [[name, *(_mean_std(estimate(list(values.values()))) for values in found)] for name, *found in lines]
+    return "\n".join(markdown_table(("method", *COLUMNS), cells))
 
 
 def claims(findings: Findings, there: Sequence[Row]) -> str:
@@ -96,7 +94,7 @@ def claims(findings: Findings, there: Sequence[Row]) -> str:
         cells = (_difference(e) for e in (*at_equal.values(), *fixed))
         lines.append([claim.text, f"**{verdict(at_equal['zero-shot'])}**", *cells])
     head = ("claim", "", "zero-shot, equal closed", "out of context, equal closed")
-    return _markdown((*head, f"closed at {PATCH:g}", f"zero-shot at {PATCH:g}"), lines)
+    return "\n".join(markdown_table((*head, f"closed at {PATCH:g}", f"zero-shot at {PATCH:g}"), lines))
 
 
 def _mean_std(e: Estimate) -> str:
@@ -105,10 +103,6 @@ def _mean_std(e: Estimate) -> str:
 
 def _difference(e: Estimate | None) -> str:
     return "-" if e is None else f"{100 * e.mean:+.1f} [{100 * e.low:+.1f}, {100 * e.high:+.1f}]"
-
-
-def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
 
 
 def figure(findings: Findings, rows: Sequence[Row], measures: Sequence[str]) -> Figure:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from rich.table import Table
 
+from applications.openvclip.runs.texts import markdown_table
 from applications.openvclip.zeroshot.published import OTHERS, figure, published
 from applications.openvclip.zeroshot.results import BASELINE, LAST, ProtocolResult, Results, mean_std, percent
 
@@ -47,11 +48,11 @@ def markdown(results: Results) -> str:
         "Accuracy in %, mean ± standard deviation over the parts of a protocol."
         + (" mAP: mean average precision over classes, where a video may show several." if several else ""),
         "",
-        *_markdown_table(["", *(f"{p}, {metric}" for p, metric in columns)], rows),
+        *markdown_table(["", *(f"{p}, {metric}" for p, metric in columns)], rows),
         "",
         "## Protocols",
         "",
-        *_markdown_table(
+        *markdown_table(
             ["", "hash", "parts", "classes", "videos", "unreadable", "cut off", "templates", "views"],
             [
                 [
@@ -87,20 +88,21 @@ def beside_the_published(results: Results) -> str:
         for method, scorer in methods.items():
             if scorer not in r.accuracy:
                 continue
-            told, found = figure(protocol, results.model, method, metric), r.text(scorer, metric)
-            difference = "-"
+            told, difference = figure(protocol, results.model, method, metric), "-"
             if told:
-                unlike |= published(r, results.model, method, metric) is None
+                is_other = published(r, results.model, method, metric) is None
                 difference = f"{100 * r.mean_std(scorer, metric)[0] - float(told.partition('±')[0]):+.1f}"
-                difference += "" if published(r, results.model, method, metric) else " ?"
+                difference += " ?" * is_other
+                unlike |= is_other
+            found = r.text(scorer, metric)
             rows.append([f"{protocol}, {metric}", method, told or "-", found, difference, f"`{r.hash}`"])
-    lines = _markdown_table(["protocol", "", "published", "here", "difference", "hash"], rows)
+    lines = markdown_table(["protocol", "", "published", "here", "difference", "hash"], rows)
     if unlike:
         lines += ["", "? The hash is not that of the published protocol: other lists, names, sentences or views."]
     model = results.model.removesuffix("-quickgelu")
     others = [[who, figures[model]] for who, figures in OTHERS.items() if model in figures]
     if others:
-        lines += ["", *_markdown_table(["what came after", "UCF-101 / HMDB-51 / Kinetics-600, as reported"], others)]
+        lines += ["", *markdown_table(["what came after", "UCF-101 / HMDB-51 / Kinetics-600, as reported"], others)]
         lines += ["", "Each of these is under a protocol of its own, so none of them is a difference to the above."]
     return "\n".join(lines) + "\n"
 
@@ -126,9 +128,7 @@ def compare(named: Mapping[str, Results]) -> str:
         for scorer in dict.fromkeys(s for r in found.protocols.values() for s in r.accuracy):
             figures = [found.protocols[p].text(scorer, m) if p in found.protocols else "-" for p, m in columns]
             rows.append([name, found.model, scorer, *figures])
-    return "\n".join(
-        _markdown_table(["", "model", "anchor weight", *(f"{p}, {metric}" for p, metric in columns)], rows)
-    )
+    return "\n".join(markdown_table(["", "model", "anchor weight", *(f"{p}, {metric}" for p, metric in columns)], rows))
 
 
 def _confidence(results: Results, scorer: str) -> list[str]:
@@ -145,7 +145,7 @@ def _confidence(results: Results, scorer: str) -> list[str]:
             figures = [percent(*mean_std(found[c]), parts=len(r.parts)) if c in found else "-" for c in columns]
             rows.append([r.protocol, *figures])
     header = ["", *columns.values()]
-    return ["", f"## Confidence at anchor weight {scorer}, in %", "", *_markdown_table(header, rows)] if rows else []
+    return ["", f"## Confidence at anchor weight {scorer}, in %", "", *markdown_table(header, rows)] if rows else []
 
 
 def _unlike(a: ProtocolResult, b: ProtocolResult) -> list[str]:
@@ -176,8 +176,4 @@ def _changes(r: ProtocolResult, scorer: str, n: int = 5) -> list[str]:
     order = sorted(gains, key=lambda name: -gains[name])
     chosen = order if len(order) <= 2 * n else [*order[:n], *order[-n:]]
     rows = [[name, *(f"{100 * r.per_class[s][name]:.1f}" for s in (BASELINE, scorer))] for name in chosen]
-    return _markdown_table(["class", BASELINE, f"anchor weight {scorer}"], rows)
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+    return markdown_table(["class", BASELINE, f"anchor weight {scorer}"], rows)
