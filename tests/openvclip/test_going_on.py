@@ -60,6 +60,23 @@ def test_the_best_weights_on_the_way_are_left_beside_the_last(
     assert not (early / "best.safetensors").exists()
 
 
+def test_a_damaged_best_checkpoint_does_not_cost_the_final_model(
+    small_world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_best = Checkpoints.keep_best
+
+    def damaged(self: Checkpoints, step: int, value: float) -> None:
+        keep_best(self, step, -step)
+        next((self.folder / "step-00000004").glob("*.safetensors")).write_bytes(b"torn")
+
+    monkeypatch.setattr(Checkpoints, "keep_best", damaged)
+    options = ("--optimization.epochs", "2", "--in-training.every-epochs", "1")
+    with pytest.warns(UserWarning, match=r"best\.safetensors is left out: .*step-00000004 is damaged"):
+        run = trained(small_world, tmp_path, *options)
+    assert (run / "results.json").exists()
+    assert not (run / "best.safetensors").exists()
+
+
 def test_a_schedule_that_ends_somewhere_can_not_be_extended(small_world: dict[str, Path], tmp_path: Path) -> None:
     trained(small_world, tmp_path, "--optimization.epochs", "2", "--optimization.schedule", "cosine")
     with pytest.raises(FileExistsError, match=r"another configuration \(optimization\.epochs: 2, now 3\)"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -34,8 +35,11 @@ def conclude(run: Run) -> None:
     }
     best = distributed.on_first(run.trainer.checkpoints.best)
     if best and best[0] < step.taken:
-        found = so_far(folder, run.config, run.evaluation.clip, step=best[0])[0]
-        written[folder.best] = found, f"fine-tuned weights at step {best[0]}, the best on the way ({best[1]:.4g})"
+        try:
+            found = so_far(folder, run.config, run.evaluation.clip, step=best[0])[0]
+            written[folder.best] = found, f"fine-tuned weights at step {best[0]}, the best on the way ({best[1]:.4g})"
+        except ValueError as error:  # it is damaged, which is no reason to end without a model
+            warnings.warn(f"{folder.best.name} is left out: {error}", stacklevel=2)
     metadata = {
         "anchor": fingerprint(run.anchor),
         "seed": str(run.config.seed),
