@@ -122,4 +122,4 @@ def normalisation(source: PretrainedCLIP) -> Normalisation:
 
 
 def cache(data: DataConfig) -> Cache:
-    return Cache(max_bytes=round(data.cache_gb * 1e9))
+    return Cache(max_bytes=round(data.cache_gb * 1e9), decoded=data.decoded)

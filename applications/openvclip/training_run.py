@@ -215,6 +215,7 @@ def training_step(
         clips_at_once=m.clips_at_once or order.micro_batch,
         precision=precision,
         teacher=Teacher(encoder, config.teacher.weight, config.teacher.decay) if config.method in TAUGHT else None,
+        every=config.regularizer.every,
     )
 
 

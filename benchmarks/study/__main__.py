@@ -30,14 +30,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "study", help="of findings.json, report.md and plots")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of the runs, hundreds of MB")
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time, a core each")
+    parser.add_argument("--seeds", type=int, nargs="+", help="others than those of the size")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
     options = parser.parse_args(arguments)
     size: Size = options.size
     found = options.output / "findings.json"
     if not options.report_only:
-        for seed in SEEDS[size]:
+        seeds = options.seeds or SEEDS[size]
+        for seed in seeds:
             tasks.prepare(seed)  # before several runs would make the same videos
-        everything = jobs(trainings_of(size), SEEDS[size], options.runs)
+        everything = jobs(trainings_of(size), seeds, options.runs)
         run_all(everything, options.parallel)
         options.output.mkdir(parents=True, exist_ok=True)
         findings.write(findings.gather(everything, size), found)

@@ -40,6 +40,7 @@ class Job:
         """Of `openvclip train`; later options overrule earlier ones."""
         return [
             *("miniature", "--output", str(self.folder.path), "--seed", str(self.seed), "--data.workers", "1"),
+            *("--data.decoded", str(self.folder.path.parents[1] / f"decoded-{self.seed}")),
             *("--data.test", *(f"miniature:{name}" for name in SETS)),
             *(("--data.train", str(self.few_videos)) if self.few_videos else ()),
             *self.training.options,

@@ -159,6 +159,8 @@ class Cache:
 
     folder: Path = field(default_factory=lambda: cache_root() / "videos")
     max_bytes: int = 20 * 10**9
+    decoded: Path | None = None
+    """Where decoded frames are kept, of videos of this machine; None: nowhere."""
 
     @contextmanager
     def local(self, location: str) -> Iterator[Path]:

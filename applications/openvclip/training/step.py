@@ -55,8 +55,15 @@ class Step:
     precision: Precision
     teacher: Teacher | None = None
     """Whose answers are learnt besides the labels."""
+    every: int = 1
+    """The regularizer has a part in every so many steps, so many times as strong."""
     taken: int = 0
     """Steps so far."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every is a number of steps and must be at least 1, got {self.every}.")
+        self._strength = self.regularizer.strength
 
     def __call__(
         self, micro_batches: Iterator[MicroBatch], asked: Callable[[], Sequence[float]] = tuple
@@ -77,6 +84,7 @@ class Step:
         learning_rate = self.learning_rate(self.taken)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        self.regularizer.strength = 0.0 if self.taken % self.every else self.every * self._strength
         alphas = [self.regularizer.alpha_of(self._alpha_index(m)) for m in range(self.order.micro_batches)]
         self.optimizer.zero_grad()
         waited, seen = 0.0, []
