@@ -41,11 +41,12 @@ def training_ranges(config: Config) -> Iterable[Range]:
     yield "optimization.max_gradient_norm", o.max_gradient_norm, "positive", o.max_gradient_norm > 0
     yield "regularizer.max_alpha", r.max_alpha, "in [0, 1)", 0 <= r.max_alpha < 1
     yield "regularizer.strength", r.strength, "finite and not negative", 0 <= r.strength < inf
+    yield "regularizer.every", r.every, "at least 1", r.every >= 1
     yield "averager.start_epoch", a.start_epoch, "finite and not negative", 0 <= a.start_epoch < inf
     yield "averager.snapshots_per_epoch", a.snapshots_per_epoch, "at least 1", a.snapshots_per_epoch >= 1
     t = config.teacher
     yield "teacher.weight", t.weight, "in [0, 1]", 0 <= t.weight <= 1
-    yield "teacher.decay", t.decay, "in [0, 1)", 0 <= t.decay < 1
+    yield "teacher.decay", t.decay or 0, "in [0, 1)", t.decay is None or 0 <= t.decay < 1
     c, m = config.checkpoint, config.machine
     yield "checkpoint.every_steps", c.every_steps or 0, "at least 1", c.every_steps is None or c.every_steps >= 1
     yield "checkpoint.every_minutes", c.every_minutes, "positive", c.every_minutes > 0

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from applications.openvclip.commands.train import parse
 from applications.openvclip.miniature import tasks
+from applications.openvclip.ranges import check, training_ranges
 from benchmarks.study import findings, report
 from benchmarks.study.analysis import Estimate, estimate, gap, gaps, paired, useful_branch, verdict
 from benchmarks.study.findings import Findings
@@ -84,12 +86,13 @@ def test_every_row_and_claim_is_of_something_trained() -> None:
 
 def test_what_would_be_trained_is_a_valid_configuration(tmp_path: Path) -> None:
     made = jobs(TRAININGS, (10,), tmp_path)
+    for job in made:
+        check(training_ranges(parse(job.arguments)))
     assert not any(map(ended, made))
     assert len({job.folder.path for job in made}) == len(TRAININGS)
 
 
 def test_a_finished_run_with_other_settings_is_refused(tmp_path: Path) -> None:
-    from applications.openvclip.commands.train import parse
     from applications.openvclip.config import to_dict
 
     (job,), (other,) = (jobs(TRAININGS[:1], (10,), tmp_path, more) for more in ((), ("--optimization.epochs", "7")))

@@ -83,6 +83,38 @@ def test_the_first_step_with_a_teacher_is_the_share_of_the_labels_and_training_g
     assert taught.teacher.average.n_averaged == 7
 
 
+def test_a_teacher_may_be_the_mean_of_the_anchor_and_every_step() -> None:
+    torch.manual_seed(0)
+    model = Scorer()
+    seen = [copy.deepcopy(model)]
+    teacher = Teacher(model, weight=1.0, decay=None)
+    for _ in range(2):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        teacher.update()
+        seen.append(copy.deepcopy(model))
+    mean = copy.deepcopy(model)
+    load_into(mean, {n: sum(dict(m.named_parameters())[n] for m in seen) / 3 for n, _ in model.named_parameters()})
+    x, classes = torch.randn(5, 3, 2, 2, 2), torch.eye(4)
+    found = teacher.target(torch.zeros(5, dtype=torch.long), lambda model: model(x, classes))
+    torch.testing.assert_close(found, mean(x, classes).softmax(-1))
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_regularizer_of_every_nth_step_is_n_times_as_strong_in_it(every: int) -> None:
+    thinned, plain, strong = (small_step(Plan(learning_rate=0.0)) for _ in range(3))
+    thinned = replace(thinned, every=every)
+    plain.regularizer.strength, strong.regularizer.strength = 0.0, every * 0.5
+    plain, strong = replace(plain), replace(strong)
+    of_all = [small_batches(step.order) for step in (thinned, plain, strong)]
+    for taken in range(6):
+        values, without, with_strength = (step(b)[0] for step, b in zip((thinned, plain, strong), of_all, strict=True))
+        expected = without if taken % every else with_strength
+        assert values["gradient_norm"] == expected["gradient_norm"]
+        assert ("interpolated_loss" in values) == (taken % every == 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "averaged", "interpolated"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from applications.openvclip.data import reader, transforms
 from applications.openvclip.data.dataset import EvaluationViews, TrainingClips
-from applications.openvclip.data.decode import Video
+from applications.openvclip.data.decode import Video, VideoReadError
 from applications.openvclip.data.index import Index
 from applications.openvclip.data.inspection import inspect
 from applications.openvclip.data.loader import MicroBatch, TrainingOrder, micro_batches
@@ -254,3 +254,31 @@ def test_a_real_clip_goes_through_dataset_and_encoder(real_videos: Path, source,
     assert features.shape == (3, 4, 128)
     assert features.isfinite().all()
     assert not torch.equal(features[0], features[2])
+
+
+# frames that are decoded once
+
+
+def test_decoded_frames_are_those_of_the_video_and_outlive_it(tmp_path: Path) -> None:
+    whole, cut = write_video(tmp_path / "whole.mp4", ramp(20)), cut_off(tmp_path / "cut.avi")
+    kept = Cache(decoded=tmp_path / "decoded")
+    for path in (whole, cut):
+        views = [EvaluationViews(SAMPLING, 16, cache)(str(path)) for cache in (Cache(), kept, kept)]
+        assert all(np.array_equal(views[0][0], found) and views[0][1] == shortfall for found, shortfall in views)
+    whole.write_bytes(whole.read_bytes()[: 10**3])  # another file of that name is another video
+    with pytest.raises(VideoReadError, match=r"whole\.mp4: .* bytes, not a readable video"):
+        EvaluationViews(SAMPLING, 16, kept)(str(whole))
+    with pytest.raises(VideoReadError, match=r"absent\.mp4: no such file"):
+        EvaluationViews(SAMPLING, 16, kept)(str(tmp_path / "absent.mp4"))
+
+
+def test_damaged_decoded_frames_are_decoded_again(tmp_path: Path) -> None:
+    path, kept = write_video(tmp_path / "a.mp4", ramp(20)), Cache(decoded=tmp_path / "decoded")
+    first, _ = EvaluationViews(SAMPLING, 16, kept)(str(path))
+    (file,) = (tmp_path / "decoded").iterdir()
+    content = file.read_bytes()
+    for damaged in (b"", content[:100], content[:-1], content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]):
+        file.write_bytes(damaged)
+        again, _ = EvaluationViews(SAMPLING, 16, kept)(str(path))
+        assert np.array_equal(again, first)
+        assert file.read_bytes() == content

@@ -43,6 +43,8 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
             ["--augmentation.max-short-side", "0.5"],
             "--augmentation.max-short-side: must be finite and at",
         ),
+        (["--regularizer.every", "0"], "--regularizer.every: must be at least 1, got 0"),
+        (["--teacher.decay", "1"], "--teacher.decay: must be in [0, 1), got 1"),
         (["--sampling.frames", "0"], "frames, views and stride must"),
         (["--data.workers", "0"], "--data.workers: must be at least 1, got 0"),
         (["--data.cache-gb", "inf"], "--data.cache-gb: must be positive and finite, got inf"),

@@ -37,7 +37,7 @@ def decoded(path: Path, short_side: int, folder: Path) -> DecodedVideo:
     key = [str(path.absolute()), short_side, *([status.st_size, status.st_mtime_ns] if status else [])]
     kept = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.npz"
     try:
-        with np.load(kept) as arrays:
+        with kept.open("rb") as file, np.load(file) as arrays:
             found = (arrays["frames"], float(arrays["frames_per_second"]), str(arrays["shortfall"]))
         return DecodedVideo(*found)
     except (FileNotFoundError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # not there yet, or damaged

@@ -61,8 +61,6 @@ class Step:
     """Steps so far."""
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every is a number of steps and must be at least 1, got {self.every}.")
         self._strength = self.regularizer.strength
 
     def __call__(
