@@ -10,7 +10,7 @@ from open_clip.model import CLIP
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from applications.openvclip.model.temporal_attention import temporal_attention
+from applications.openvclip.model.temporal_attention import neighbourhoods, temporal_attention
 from applications.openvclip.model.video_encoder import VideoEncoder
 
 
@@ -61,6 +61,16 @@ def test_temporal_attention_is_equation_3(clips, frames, tokens, heads, edge, se
         torch.testing.assert_close(
             temporal_attention(attention, x, frames=frames, edge=edge), reference(attention, x, frames, edge)
         )
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5])
+def test_the_gradient_of_what_frames_see_is_that_of_the_slices(frames: int) -> None:
+    z = torch.randn(2, 2, 3 * frames, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: neighbourhoods(z, frames), z)
+    assert torch.autograd.gradgradcheck(lambda z: neighbourhoods(z, frames), z)
+    alone = neighbourhoods(z.detach(), frames)  # without a gradient they are slices
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(alone, neighbourhoods(z, frames), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(alone, neighbourhoods(z, frames), strict=True))
 
 
 @settings(max_examples=15, deadline=None)
