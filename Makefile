@@ -1,7 +1,8 @@
 PYTHON ?= python3
+OLDEST ?= python3.10
 BIN := .venv/bin
 
-.PHONY: train demo test test-all check bench gpu-check mutants
+.PHONY: train demo test test-all test-oldest check docs bench gpu-check mutants
 
 train: .venv/installed  ## Fine-tune and evaluate Open-VCLIP on the built-in miniature; ARGS="..." overrides the recipe
 	$(BIN)/python -m applications.openvclip.train $(ARGS)
@@ -15,6 +16,15 @@ test: .venv/installed  ## Run the tests, a process for each core; what takes lon
 
 test-all: test  ## Run every test: other libraries' models and trainers, kills, a whole run of the miniature
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow $(ARGS)
+
+test-oldest: ## The quick tests with the oldest Python and torch that are supported, in .venv-oldest
+	test -x .venv-oldest/bin/python || $(OLDEST) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q -e '.[openvclip,dev]' 'torch==2.6.*' 'torchvision==0.21.*'
+	.venv-oldest/bin/python -m pytest -n auto --dist loadfile -m 'not slow' $(ARGS)
+
+docs: .venv/installed  ## Build the pages as a site, in docs/_build/html; notebooks are run, warnings are errors
+	$(BIN)/python -m pip install -q -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html $(ARGS)
 
 check: .venv/installed  ## Lint, formatting, types, import rules
 	$(BIN)/ruff check

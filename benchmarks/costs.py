@@ -1,4 +1,4 @@
-"""What things cost, as tables of the results that are shipped: some for the README, all for docs/performance.md.
+"""What things cost, as a table of the results that are shipped: docs/performance.md.
 
 Every figure comes out of a file of `benchmarks/results`, so that none is older or better than what was measured.
 """
@@ -25,8 +25,6 @@ class Cost:
     against: str
     script: str
     """Name of the benchmark without its ending."""
-    headline: bool = False
-    """Whether the README has it too."""
 
 
 def results(name: str) -> dict[str, Any]:
@@ -45,21 +43,17 @@ def costs() -> list[Cost]:
         floor = found["time_over_floor"]
         figure = f"{quartiles(floor['functional'])}; swapped in place {quartiles(floor['in_place'])}"
         figure += f"; the published procedure {quartiles(floor['published'])}"
-        rows.append(
-            Cost(f"a regularized step, {model}", figure, "two passes and one update, the floor", "iwr_step", True)
-        )
+        rows.append(Cost(f"a regularized step, {model}", figure, "two passes and one update, the floor", "iwr_step"))
     for model, copies in results("iwr_memory")["peak_above_plain_step_in_copies_of_the_parameters"].items():
         figure = f"{copies['functional']:.1f} copies of the parameters more, the anchor being one"
-        rows.append(Cost(f"its peak of memory, {model}", figure, "a plain step", "iwr_memory", model == "ViT-B/32"))
+        rows.append(Cost(f"its peak of memory, {model}", figure, "a plain step", "iwr_memory"))
     update = results("averaging_update")
     figure = f"{quartiles(update['time_over_copy']['SWAAverager'])}; `AveragedModel` "
     figure += (
         f"{quartiles(update['time_over_copy']['AveragedModel'])}, its `multi_avg_fn` in float32, which stands still "
     )
     figure += f"after many steps, {quartiles(update['time_over_copy']['AveragedModel, multi_avg_fn'])}"
-    rows.append(
-        Cost(f"an averaging update, {update['model']}", figure, "a copy of the weights", "averaging_update", True)
-    )
+    rows.append(Cost(f"an averaging update, {update['model']}", figure, "a copy of the weights", "averaging_update"))
     teacher = results("teacher_step")
     for case, found in teacher["time_over_plain_pass"].items():
         figure = f"{quartiles(found['averager(x)'])}; at the anchor {quartiles(found['regularizer.at_anchor(x)'])}"
@@ -69,7 +63,6 @@ def costs() -> list[Cost]:
                 figure,
                 "a plain pass without gradient",
                 "teacher_step",
-                "64" in case and "ViT" in case,
             )
         )
     for model, copies in teacher["peak_above_plain_step_in_copies_of_the_parameters"].items():
@@ -81,29 +74,26 @@ def costs() -> list[Cost]:
                 figure,
                 "a plain step",
                 "teacher_step",
-                model == "ViT-B/32",
             )
         )
     files = results("file_patching")
     mixed, memory = files["time_over_load_mix_save"], files["anonymous_memory_mb"]
     figure = f"{quartiles(mixed['patch_files'])}, where reading and writing alone take {quartiles(mixed['floor'])}; "
     figure += f"{memory['patch_files']:.0f} MB of memory and not {memory['load, mix, save']:.0f}"
-    rows.append(
-        Cost(f"patching two files of {files['file_mb']} MB", figure, "load both, mix, save", "file_patching", True)
-    )
+    rows.append(Cost(f"patching two files of {files['file_mb']} MB", figure, "load both, mix, save", "file_patching"))
     attention = results("temporal_attention")
     figure = f"{quartiles(attention['time_over_plain']['temporal, mask'])}; the published procedure "
     figure += f"{quartiles(attention['time_over_plain']['published procedure'])}; "
     figure += f"the multiplications alone {attention['floor']:.2f}"
     rows.append(
-        Cost("attention over three frames, a layer of ViT-B/16", figure, "plain attention", "temporal_attention", True)
+        Cost("attention over three frames, a layer of ViT-B/16", figure, "plain attention", "temporal_attention")
     )
     one_pass = results("one_pass_evaluation")
     together, apart = one_pass["one pass"], one_pass["one by one"]
     figure = f"{together['videos decoded']} videos decoded and not {apart['videos decoded']}; "
     figure += f"{together['seconds, median']:.2f} s and not {apart['seconds, median']:.1f}"
     what = f"{one_pass['parts']} protocol parts at {len(one_pass['anchor_weights'])} anchor weights in one pass"
-    rows.append(Cost(what, figure, f"one by one, {one_pass['videos']} small videos", "one_pass_evaluation", True))
+    rows.append(Cost(what, figure, f"one by one, {one_pass['videos']} small videos", "one_pass_evaluation"))
     training = results("training_throughput")
     for size, found in training["bare loop over trainer, ready clips"].items():
         figure = f"speed {quartiles(found['ratio'])}"

@@ -22,7 +22,6 @@ SHIPPED = Path(__file__).parent / "results" / "miniature" / "results.json"
 PLOT = SHIPPED.with_name("tradeoff.png")
 
 _TABLE = re.compile(r"\| set \| classes \|.*?\n\n", re.DOTALL)
-_COSTS = re.compile(r"\| +\| time, or as said.*?\n\n", re.DOTALL)
 PERFORMANCE = ROOT / "docs" / "performance.md"
 
 
@@ -41,18 +40,13 @@ def _row(result: ProtocolResult, scorers: tuple[str, ...]) -> list[str]:
     return [name, str(result.classes), *(f"**{f}**" if f == best else f for f in figures.values())]
 
 
-def cost_table() -> str:
-    return costs.table([row for row in costs.costs() if row.headline])
-
-
 def main(arguments: list[str]) -> None:
     if arguments:
         shutil.copyfile(Path(arguments[0]) / "results.json", SHIPPED)
     results = read_results(SHIPPED)
     text = README.read_text(encoding="utf-8")
-    for pattern, new in ((_TABLE, table(results)), (_COSTS, cost_table())):
-        text, replaced = pattern.subn(lambda _, new=new: new + "\n", text)
-        assert replaced == 1, f"{README} has {replaced} tables of {pattern.pattern}, 1 was expected."
+    text, replaced = _TABLE.subn(lambda _: table(results) + "\n", text)
+    assert replaced == 1, f"{README} has {replaced} tables of {_TABLE.pattern}, 1 was expected."
     README.write_text(text, encoding="utf-8")
     PERFORMANCE.write_text(costs.page(), encoding="utf-8")
     plot_tradeoff(PLOT, results)
