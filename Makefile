@@ -23,7 +23,6 @@ test-oldest: ## The quick tests with the oldest Python and torch that are suppor
 	.venv-oldest/bin/python -m pytest -n auto --dist loadfile -m 'not slow' $(ARGS)
 
 docs: .venv/installed  ## Build the pages as a site, in docs/_build/html; notebooks are run, warnings are errors
-	$(BIN)/python -m pip install -q -e '.[docs]'
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html $(ARGS)
 
 check: .venv/installed  ## Lint, formatting, types, import rules
@@ -43,5 +42,5 @@ mutants: .venv/installed  ## Break the library one line at a time and see the te
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -e '.[openvclip,dev]'
+	$(BIN)/python -m pip install -e '.[openvclip,dev,docs]'
 	touch $@

@@ -6,7 +6,7 @@ import io
 import os
 import shutil
 from contextlib import redirect_stdout, suppress
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 
 from docutils import nodes
@@ -22,7 +22,7 @@ STUDY = HERE.parent / "benchmarks" / "results" / "study"
 
 project = "interpolate"
 author = "the interpolate authors"
-release = version("interpolate-weights")
+release = metadata.version("interpolate-weights")
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.intersphinx"]
 exclude_patterns = ["_build"]
 
@@ -34,6 +34,7 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
 nb_execution_mode = "cache"
+nb_execution_in_temp = True
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 
@@ -41,15 +42,16 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-intersphinx_mapping = (
-    {
+if os.environ.get("INTERSPHINX") == "1":
+    intersphinx_mapping = {
         "torch": ("https://docs.pytorch.org/docs/stable", None),
         "numpy": ("https://numpy.org/doc/stable", None),
         "python": ("https://docs.python.org/3", None),
     }
-    if os.environ.get("INTERSPHINX") == "1"
-    else {}
-)
+nitpick_ignore_regex = [
+    ("py:.*", r"(collections|contextlib|huggingface_hub|lightning|nn|os|pathlib|torch|transformers)\b.*"),
+    ("py:.*", r"(.*\.)?(Evaluate|Path|Progress|Ratio|Sampling|Source|T|VideoReadError|Weight)"),
+]
 
 
 class Help(SphinxDirective):
@@ -68,6 +70,12 @@ class Help(SphinxDirective):
         return [nodes.literal_block(text, text, language="text")]
 
 
+def no_types(app: Sphinx, what: str, name: str, object: object, options: object, lines: list[str]) -> None:  # noqa: A002 - Sphinx's name
+    """What stands before a colon in the first line of an attribute's docstring is no type, as napoleon takes it."""
+    if what in ("attribute", "property"):
+        lines.insert(0, "")
+
+
 def copy_study(app: Sphinx) -> None:
     """The report of the study, where it has been run."""
     folder = HERE / "_build" / "study"
@@ -82,3 +90,4 @@ def copy_study(app: Sphinx) -> None:
 def setup(app: Sphinx) -> None:
     app.add_directive("help", Help)
     app.connect("builder-inited", copy_study)
+    app.connect("autodoc-process-docstring", no_types, priority=400)

@@ -42,3 +42,11 @@ __all__ = [
     "task_arithmetic",
     "uniform_soup",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("interpolate-weights")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
