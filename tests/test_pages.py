@@ -34,7 +34,7 @@ def test_links_lead_to_files_and_headings_that_are_there(page: Path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_verbs_options_and_targets_in_the_text_are_there(page: Path):
-    options = {"--nproc-per-node", "--max-restarts"}  # torchrun's
+    options = {"--nproc-per-node", "--max-restarts", "--hook-type"}  # of torchrun and pre-commit
     options |= {line for file in (ROOT / "tests/openvclip/options").glob("*.txt") for line in file.read_text().split()}
     for file in ("interpolate/__main__.py", "applications/openvclip/commands/train.py", "benchmarks/study/__main__.py"):
         options |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / file).read_text()))
