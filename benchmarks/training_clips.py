@@ -20,10 +20,10 @@ import torch
 import tyro
 from decoding import textures
 
-from applications.openvclip.data.dataset import TrainingClips
 from applications.openvclip.data.manifest import Manifest
 from applications.openvclip.data.pixels import scaled
 from applications.openvclip.data.storage import Cache
+from applications.openvclip.data.training_clips import TrainingClips
 from applications.openvclip.recipes import vit_b_16
 
 

@@ -27,11 +27,11 @@ if __name__ != "__mp_main__":  # the processes that read videos import this scri
     from torch.nn.functional import cross_entropy, normalize
 
     from applications.openvclip.data.augmentation import Augmentation
-    from applications.openvclip.data.dataset import TrainingClips
     from applications.openvclip.data.loader import MicroBatch, TrainingOrder, micro_batches
     from applications.openvclip.data.manifest import Manifest
     from applications.openvclip.data.sampling import Sampling
     from applications.openvclip.data.storage import Cache
+    from applications.openvclip.data.training_clips import TrainingClips
     from applications.openvclip.data.transforms import Normalisation
     from applications.openvclip.model.precision import Precision
     from applications.openvclip.model.video_encoder import VideoEncoder

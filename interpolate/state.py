@@ -1,6 +1,7 @@
 """The state of a training in a folder, each process its own shards: safetensors and JSON, nothing is ever unpickled.
 
 `torch.distributed.checkpoint` by itself keeps its metadata as a pickle, which a tampered folder could use to run code.
+Its import takes longer than half of torch's, so that it is imported where it is used.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from interpolate.atomic import replacing
 from interpolate.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 _VALUES = "values.json"
 
@@ -37,6 +39,8 @@ def save_state(folder: str, state: Mapping[str, Any], process_group: dist.Proces
         OSError: A process could not write its part; it is raised in all of them.
         ValueError: A name is not a text without "/".
     """
+    import torch.distributed.checkpoint as dcp
+
     tensors, values = _split(state)
     os.makedirs(folder, exist_ok=True)
     with _alone_is_meant(), _raising_what_was_raised(folder):
@@ -65,6 +69,8 @@ def load_state(
         CheckpointError: The folder holds no state, or that of something else; `state` is unchanged then.
         OSError: A process could not read its part; it is raised in all of them.
     """
+    import torch.distributed.checkpoint as dcp
+
     tensors, values = _split(state)
     try:
         with open(os.path.join(folder, _VALUES), encoding="utf-8") as file:
@@ -109,7 +115,9 @@ def on_first(function: Callable[[], Any], process_group: dist.ProcessGroup | Non
     return value
 
 
-def _tensors_in(reader: dcp.HuggingFaceStorageReader) -> Iterator[tuple[str, TensorStorageMetadata]]:
+def _tensors_in(reader: HuggingFaceStorageReader) -> Iterator[tuple[str, TensorStorageMetadata]]:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     for name, entry in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata)  # safetensors hold nothing else
         yield name, entry
@@ -147,6 +155,8 @@ def _alone_is_meant() -> Iterator[None]:
 @contextmanager
 def _raising_what_was_raised(folder: str) -> Iterator[None]:
     """What went wrong in a process in place of torch's exception around it, which `except Exception` does not catch."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         yield
     except CheckpointException as error:

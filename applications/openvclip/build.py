@@ -20,9 +20,8 @@ from applications.openvclip.data.manifest import Manifest
 from applications.openvclip.data.storage import Cache
 from applications.openvclip.data.transforms import Normalisation
 from applications.openvclip.miniature import tasks, tiny_clip
-from applications.openvclip.model import pretrained
+from applications.openvclip.model.clip import PretrainedCLIP
 from applications.openvclip.model.precision import Precision
-from applications.openvclip.model.pretrained import PretrainedCLIP
 from applications.openvclip.model.prompts import TEMPLATES
 from applications.openvclip.model.video_encoder import VideoEncoder
 from applications.openvclip.zeroshot.evaluation import Evaluation, embedded
@@ -54,10 +53,23 @@ def evaluation(source: PretrainedCLIP, config: Config, protocols: Sequence[Proto
 
 
 def clip(model: ModelConfig) -> PretrainedCLIP:
-    """The CLIP to start from, on the GPU where there is one."""
+    """The CLIP to start from, on the GPU where there is one.
+
+    Raises:
+        ValueError: Its weights are those of a video model with other edges.
+    """
     if model.name == "miniature":
         return tiny_clip.load_pretrained(distributed.device())
-    return pretrained.load(model.name, model.pretrained, distributed.device())
+    from applications.openvclip.model import pretrained  # with open_clip, whose imports take seconds
+
+    found = pretrained.load(model.name, model.pretrained, distributed.device())
+    if found.is_of_video and model.edge != "zero":
+        raise ValueError(
+            f"--model.pretrained {model.pretrained} is a checkpoint of the published code, trained with zeros beyond a "
+            f"clip's edges, and --model.edge is {model.edge}: give --model.edge zero to train on from it; or, to use "
+            "it, give it as --weights, and as --model.pretrained what it was trained from, such as openai."
+        )
+    return found
 
 
 def anchor(source: PretrainedCLIP) -> dict[str, Tensor]:

@@ -23,11 +23,11 @@ from applications.openvclip.config import (
     Method,
     to_dict,
 )
-from applications.openvclip.data.dataset import TrainingClips
 from applications.openvclip.data.loader import MicroBatch, TrainingOrder, micro_batches
+from applications.openvclip.data.training_clips import TrainingClips
 from applications.openvclip.data.transforms import Normalisation, normalised
+from applications.openvclip.model.clip import PretrainedCLIP
 from applications.openvclip.model.precision import Precision
-from applications.openvclip.model.pretrained import PretrainedCLIP
 from applications.openvclip.model.prompts import TEMPLATES
 from applications.openvclip.model.sharding import shard
 from applications.openvclip.model.video_encoder import VideoEncoder

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from applications.openvclip.miniature import tiny_clip
-from applications.openvclip.model.pretrained import PretrainedCLIP
+from applications.openvclip.model.clip import PretrainedCLIP
 from tests.openvclip.files import write_small_world
 
 torch.set_num_threads(1)  # the models of these tests are so small that more threads only wait for each other

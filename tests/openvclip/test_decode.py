@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from applications.openvclip.data import decode
-from applications.openvclip.data.dataset import EvaluationViews
 from applications.openvclip.data.decode import Video, VideoReadError
 from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.data.storage import Cache
+from applications.openvclip.data.views import EvaluationViews
 from tests.openvclip.files import numbered, numbers, ramp, write_video
 
 CODECS = [

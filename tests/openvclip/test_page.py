@@ -11,11 +11,11 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from applications.openvclip.data.dataset import EvaluationViews
 from applications.openvclip.data.decode import VideoReadError
 from applications.openvclip.data.manifest import read_manifest
 from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.data.storage import Cache
+from applications.openvclip.data.views import EvaluationViews
 from applications.openvclip.inference.classifier import Classifier
 from applications.openvclip.page import drawing
 from applications.openvclip.page.app import Page

@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import shutil
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -229,3 +231,26 @@ def test_windows_go_by_time_stamps_and_not_by_counting(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "expected"), [("2s", 2), ("0.5 s", 0.5), (".25", 0.25), ("3", 3)])
 def test_durations_are_seconds(text: str, expected: float) -> None:
     assert seconds(text, "--window") == expected
+
+
+def test_an_answer_of_the_miniature_waits_for_no_library_that_it_can_do_without(folder: Path) -> None:
+    """A time would depend on the machine; what is loaded does not."""
+    heavy = {"open_clip", "torchvision", "timm", "transformers", "sympy", "torch._dynamo", "torch.distributed.tensor"}
+    script = f"""
+import sys
+from applications.openvclip.__main__ import main
+
+if __name__ == "__main__":
+    main(["predict", {str(folder / "a.mp4")!r}, "--labels", "cloud,square", "--workers", "1", "--csv"])
+    print("loaded:", *({heavy} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "cloud" in done.stdout
+    assert done.stdout.splitlines()[-1] == "loaded:"
+
+
+def test_processes_that_read_videos_for_it_do_without_torch() -> None:
+    modules = "applications.openvclip.data.views, applications.openvclip.data.workers"
+    script = f"import sys, {modules}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

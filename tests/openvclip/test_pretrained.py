@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import open_clip
@@ -11,6 +12,9 @@ from open_clip.model import CLIP
 from safetensors.torch import save_file
 from torch import Tensor
 
+from applications.openvclip import build
+from applications.openvclip.config import ModelConfig
+from applications.openvclip.inference import loading
 from applications.openvclip.model import pretrained
 from applications.openvclip.model.video_encoder import VideoEncoder
 from interpolate import WeightMismatchError
@@ -94,7 +98,7 @@ def test_archives_of_openai(clip: CLIP, tmp_path: Path) -> None:
         torch.jit.script(Archive(clip)).save(path)
     assert pretrained.read_file(path)[1] == "OpenAI"
     assert_loads_as(clip, path)
-    with pytest.raises(ValueError, match=r"holds OpenAI weights, which need QuickGELU: use .*ViT-tiny-quickgelu"):
+    with pytest.raises(ValueError, match=r"holds OpenAI weights, which need QuickGELU: use the --model\.name with -q"):
         pretrained.load("ViT-tiny", str(path), CPU)
 
 
@@ -129,6 +133,10 @@ def test_folders_of_hugging_face(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.nn.functional.normalize(texts, dim=-1), found.text_embeds, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="holds Hugging Face weights, which need QuickGELU"):
         pretrained.load("ViT-tiny", str(tmp_path), CPU)
+    settings = tmp_path / "config.json"
+    settings.write_text(settings.read_text().replace('"quick_gelu"', '"gelu"'))
+    with pytest.raises(ValueError, match="holds Hugging Face weights, which need plain GELU"):
+        pretrained.load("ViT-tiny-quickgelu", str(tmp_path), CPU)
 
 
 def test_checkpoints_of_the_published_code(clip: CLIP, tmp_path: Path) -> None:
@@ -140,6 +148,23 @@ def test_checkpoints_of_the_published_code(clip: CLIP, tmp_path: Path) -> None:
     own = VideoEncoder(clip).state_dict()
     assert all(torch.equal(found.weights[name], value) for name, value in own.items())
     assert_loads_as(clip, path)
+    model = ModelConfig("ViT-tiny-quickgelu", str(path), "zero")
+    assert build.clip(model).is_of_video
+    with pytest.raises(ValueError, match=r"swa_2_22\.pth is a checkpoint .* --model\.edge is mask: give --model\.edge"):
+        build.clip(replace(model, edge="mask"))
+    with pytest.raises(ValueError, match=r"swa_2_22\.pth is a checkpoint .* and no image model: give it as --weights"):
+        loading.load(None, model)
+
+
+def test_fine_tuned_weights_of_another_activation_than_the_anchor_are_refused(clip: CLIP, tmp_path: Path) -> None:
+    """Nothing else would tell: names and shapes are the same."""
+    tower = {name: w for name, w in clip.state_dict().items() if name.startswith("visual.") or name == "logit_scale"}
+    torch.save({"model_state": {f"model.{name}": w for name, w in tower.items()}}, tmp_path / "published.pth")
+    torch.save(clip.state_dict(), tmp_path / "anchor.pt")
+    anchor = ModelConfig("ViT-tiny-quickgelu", str(tmp_path / "anchor.pt"))
+    assert loading.load(tmp_path / "published.pth", anchor).model.edge == "zero"
+    with pytest.raises(ValueError, match=r"published\.pth holds Open-VCLIP weights, which need QuickGELU"):
+        loading.load(tmp_path / "published.pth", replace(anchor, name="ViT-tiny"))
 
 
 def test_one_of_several_sets_of_weights_is_named(clip: CLIP, tmp_path: Path) -> None:

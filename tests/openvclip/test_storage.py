@@ -14,11 +14,11 @@ import fsspec
 import pytest
 
 from applications.openvclip.data import layouts, storage
-from applications.openvclip.data.dataset import EvaluationViews, opened
 from applications.openvclip.data.decode import VideoReadError
 from applications.openvclip.data.manifest import read_manifest
 from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.data.storage import Cache, FetchError
+from applications.openvclip.data.views import EvaluationViews, opened
 from applications.openvclip.data.workers import Workers
 from tests.openvclip.files import ramp, write_manifest, write_video
 

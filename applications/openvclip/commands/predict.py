@@ -94,7 +94,7 @@ def predict(options: Predict) -> bool:
     if options.window is not None and len(videos) > 1:
         raise ValueError(f"--window: one video at a time, got {len(videos)}.")
     window, step = options.durations()
-    start_early("applications.openvclip.data.dataset")  # beside the imports and weights of this process
+    start_early("applications.openvclip.data.views")  # beside the imports and weights of this process
     classifier = options.of.classifier()
     # a mistake is found before the first video
     classifier.answers(labels, none_of_these=options.none_of_these, multi_label=options.multi_label)

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from applications.openvclip.data.decode import Video
-from interpolate.atomic import replacing
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,8 @@ def decoded(path: Path, short_side: int, folder: Path) -> DecodedVideo:
     video = Video(path, short_side)
     frames = video.chosen(lambda n, _: range(n))
     folder.mkdir(parents=True, exist_ok=True)
+    from interpolate.atomic import replacing  # with torch, for which what reads videos need not wait
+
     with replacing(kept) as file:
         np.savez(file, frames=frames, frames_per_second=video.frames_per_second, shortfall=video.shortfall)
     return DecodedVideo(frames, video.frames_per_second, video.shortfall)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from applications.openvclip.data.dataset import opened
 from applications.openvclip.data.decode import Stream, VideoReadError
 from applications.openvclip.data.manifest import Manifest
 from applications.openvclip.data.storage import Cache
+from applications.openvclip.data.views import opened
 from applications.openvclip.data.workers import Workers
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from applications.openvclip.data.dataset import TrainingClips
 from applications.openvclip.data.decode import VideoReadError
+from applications.openvclip.data.training_clips import TrainingClips
 from applications.openvclip.data.workers import Workers
 
 _ATTEMPTS = 10

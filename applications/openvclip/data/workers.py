@@ -9,6 +9,7 @@ import os
 import pickle
 import queue
 import signal
+import sys
 import threading
 import traceback
 from collections import deque
@@ -126,7 +127,7 @@ def start_early(module: str) -> None:
 def _context(module: str) -> Any:
     """Workers are forked from a server that has no threads and no CUDA, so that neither can be inherited broken."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "__main__", module, __name__])
+    context.set_forkserver_preload(["__main__", module, __name__])
     return context
 
 
@@ -230,10 +231,7 @@ def _deaf_to_requests() -> Iterator[None]:
 def _serve(connection: Connection) -> None:
     """Take the function, then keys, and answer each until the other end closes. What was raised travels as text:
     not every exception can be pickled, and fewer can be unpickled."""
-    import torch
-
     _end_with_the_parent()
-    torch.set_num_threads(1)
     function: Callable[[Any], Any] | None = None
     with suppress(EOFError, ConnectionError):  # whoever asked is gone
         while True:
@@ -241,6 +239,8 @@ def _serve(connection: Connection) -> None:
             try:
                 if function is None:
                     function, value = pickle.loads(message), None  # noqa: S301 from the process that started this one
+                    if torch := sys.modules.get("torch"):  # the function's, which may do without
+                        torch.set_num_threads(1)
                 else:
                     value = function(pickle.loads(message))  # noqa: S301 likewise
                 connection.send(("value", value))

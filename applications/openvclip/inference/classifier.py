@@ -17,10 +17,10 @@ from torch import Tensor
 
 from applications.openvclip import distributed
 from applications.openvclip.config import ModelConfig
-from applications.openvclip.data.dataset import EvaluationViews
 from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.data.storage import Cache
 from applications.openvclip.data.transforms import Normalisation, normalised
+from applications.openvclip.data.views import EvaluationViews
 from applications.openvclip.inference import hub
 from applications.openvclip.inference.calibration import NONE_OF_THESE, Calibration
 from applications.openvclip.inference.labels import Labels, LabelSet, label_set

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip.model import CLIP
 from torch import Tensor
 
-from applications.openvclip import build, training_run
+from applications.openvclip import build
 from applications.openvclip.config import Config, ModelConfig, from_dict
 from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.inference.calibration import Calibration, read_calibrations
-from applications.openvclip.model import pretrained
-from applications.openvclip.model.pretrained import PretrainedCLIP
+from applications.openvclip.model.clip import CLIP, PretrainedCLIP
 from applications.openvclip.model.prompts import ACTION_TEMPLATES, OBJECT_TEMPLATES, TEMPLATES
 from applications.openvclip.model.video_encoder import VideoEncoder
 from applications.openvclip.recipes import miniature
@@ -130,6 +128,8 @@ def so_far(folder: RunFolder, config: Config, clip: CLIP, step: int | None = Non
     Raises:
         FileNotFoundError: There is no checkpoint yet.
     """
+    from applications.openvclip import training_run  # with all that trains, which a finished run does without
+
     checkpoints = Checkpoints(folder.checkpoints, keep=1)
     if not checkpoints.steps():
         raise FileNotFoundError(
@@ -158,17 +158,25 @@ def of_file(weights: str, model: ModelConfig) -> Loaded:
     Raises:
         WeightMismatchError: Their text tower is not the anchor's.
     """
+    from applications.openvclip.model import pretrained  # with open_clip, whose imports take seconds
+
     found = pretrained.read_file(weights)
     if not model.name:
         raise ValueError(
             f"{weights} holds fine-tuned weights alone; the anchor is needed, too, by model and pretrained."
         )
-    loaded = of_model(model)
+    loaded = anchored(model)
+    if model.name != "miniature":
+        pretrained.check_activation(loaded.source.clip, weights, found)
     if other := other_text(found.weights, loaded.source.clip):
         raise WeightMismatchError(
             f"{weights} has another text tower than {model.name} {model.pretrained or ''}: {len(other)} of its tensors "
-            f"differ, such as {other[0]}, and what is mixed here is the image tower alone. --model.pretrained "
-            f"{weights} uses both of its towers as they are, without an anchor."
+            f"differ, such as {other[0]}, and what is mixed here is the image tower alone. "
+            + (
+                "Open-VCLIP's own come from openai's."
+                if found.form == "Open-VCLIP"
+                else f"--model.pretrained {weights} uses both of its towers as they are, without an anchor."
+            )
         )
     theta = {name: w for name, w in found.weights.items() if name.startswith("visual.") or name == "logit_scale"}
     if found.form == "Open-VCLIP":
@@ -189,7 +197,22 @@ def other_text(weights: Mapping[str, Tensor], clip: CLIP) -> list[str]:
 
 
 def of_model(model: ModelConfig) -> Loaded:
-    """Pretrained weights alone."""
+    """Pretrained weights alone.
+
+    Raises:
+        ValueError: They are those of a video model, and alone would look at every frame by itself.
+    """
+    loaded = anchored(model)
+    if loaded.source.is_of_video:
+        raise ValueError(
+            f"--model.pretrained {model.pretrained} is a checkpoint of the published code, and no image model: give it "
+            "as --weights, and as --model.pretrained what it was trained from, such as openai."
+        )
+    return loaded
+
+
+def anchored(model: ModelConfig) -> Loaded:
+    """Pretrained weights, of which nothing has been made yet."""
     source = build.clip(model)
     is_miniature = model.name == "miniature"
     return Loaded(

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from applications.openvclip.data import storage
-from applications.openvclip.data.dataset import opened
 from applications.openvclip.data.storage import Cache
+from applications.openvclip.data.views import opened
 from applications.openvclip.inference.features import Features
 from applications.openvclip.runs.texts import write_text
 

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from applications.openvclip.data import transforms
-from applications.openvclip.data.dataset import opened
 from applications.openvclip.data.decode import VideoReadError
 from applications.openvclip.data.storage import Cache
+from applications.openvclip.data.views import evaluation_crops, opened
 from applications.openvclip.data.workers import Workers
 from applications.openvclip.inference.classifier import Classifier
 
@@ -85,7 +84,7 @@ class Windows:
             frames = video.chosen(choose)
             shortfall = video.shortfall
         clips = frames.reshape(-1, self.frames, *frames.shape[1:])
-        crops = [transforms.evaluation_crops(clip, size=self.size, crops=1).numpy() for clip in clips]
+        crops = [evaluation_crops(clip, size=self.size, crops=1) for clip in clips]
         return np.concatenate(crops), length_s, shortfall
 
 

@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
-from open_clip.model import CLIP
 from torch import Tensor, nn
 
 from applications.openvclip.miniature import glyphs, tiny_clip, world
+from applications.openvclip.model.classifier import class_embeddings
+from applications.openvclip.model.clip import PlainCLIP
 from applications.openvclip.model.prompts import OBJECT_TEMPLATES
 from applications.openvclip.progress import progress_bar
 from applications.openvclip.runs.provenance import command
@@ -54,19 +55,19 @@ def batch(seed: int, step: int) -> tuple[Tensor, list[str]]:
 
 
 @torch.no_grad()
-def accuracy(model: CLIP, seed: int, repeats: int = 4) -> float:
+def accuracy(model: PlainCLIP, seed: int, repeats: int = 4) -> float:
     """Zero-shot accuracy among all concepts on fresh clean still images, in [0, 1]."""
     tokenizer = tiny_clip.WordTokenizer()
     model.eval()
-    classifier = open_clip.build_zero_shot_classifier(model, tokenizer, glyphs.names(), OBJECT_TEMPLATES, 32)
+    classes = class_embeddings(model, tokenizer, glyphs.names(), OBJECT_TEMPLATES)
     concepts = np.tile(np.arange(glyphs.N_GLYPHS), repeats)
     images, _ = world.stills(np.random.default_rng([seed, 1 << 31]), concepts)
-    predicted = (model.encode_image(normalised(images)) @ classifier).argmax(dim=1)
+    predicted = (model.encode_image(normalised(images)) @ classes.T).argmax(dim=1)
     model.train()
     return (predicted == torch.from_numpy(concepts)).float().mean().item()
 
 
-def pretrain(seed: int, steps: int) -> CLIP:
+def pretrain(seed: int, steps: int) -> PlainCLIP:
     """Train a tiny CLIP from random weights, showing progress and the time left."""
     torch.manual_seed(seed)
     model, tokenizer, loss_fn = tiny_clip.build(), tiny_clip.WordTokenizer(), open_clip.ClipLoss()

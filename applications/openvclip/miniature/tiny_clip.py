@@ -1,4 +1,4 @@
-"""The tiny CLIP of the miniature: open_clip's own `CLIP` class with 1.3 million parameters, and its word tokenizer."""
+"""The tiny CLIP of the miniature, with 1.3 million parameters, and its word tokenizer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from open_clip import CLIPTextCfg, CLIPVisionCfg
-from open_clip.model import CLIP
 from safetensors import safe_open
 from torch import Tensor
 
 from applications.openvclip.miniature import world
-from applications.openvclip.model.pretrained import PretrainedCLIP
+from applications.openvclip.model.clip import PlainCLIP, PretrainedCLIP
 
 WEIGHTS = Path(__file__).with_name("tiny_clip.safetensors")
 IMAGE_MEAN = (0.5, 0.5, 0.5)
@@ -57,14 +55,18 @@ class WordTokenizer:
         raise ValueError(f"the word {word!r} in {text!r} is not in the vocabulary of the miniature world; {hint}")
 
 
-def build() -> CLIP:
+def build() -> PlainCLIP:
     """The tiny CLIP with fresh random weights: 4 image layers and 2 text layers of width 128, images of 32 pixels."""
-    return CLIP(
-        embed_dim=128,
-        vision_cfg=CLIPVisionCfg(layers=4, width=128, head_width=32, patch_size=8, image_size=world.SIZE),
-        text_cfg=CLIPTextCfg(
-            context_length=CONTEXT_LENGTH, vocab_size=WordTokenizer().vocab_size, width=128, heads=4, layers=2
-        ),
+    return PlainCLIP(
+        embedding_size=128,
+        image_size=world.SIZE,
+        patch_size=8,
+        width=128,
+        heads=4,
+        image_layers=4,
+        text_layers=2,
+        context_length=CONTEXT_LENGTH,
+        vocab_size=WordTokenizer().vocab_size,
     )
 
 
@@ -73,7 +75,7 @@ def load_pretrained(device: torch.device) -> PretrainedCLIP:
     return PretrainedCLIP(load().to(device), WordTokenizer(), world.SIZE, IMAGE_MEAN, IMAGE_STD)
 
 
-def load(path: Path = WEIGHTS) -> CLIP:
+def load(path: Path = WEIGHTS) -> PlainCLIP:
     """The pre-trained tiny CLIP, in float32 and evaluation mode.
 
     Raises:

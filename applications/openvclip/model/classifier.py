@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import open_clip
-from open_clip.model import CLIP
+import torch
 from torch import Tensor
 
-Tokenizer = Callable[[list[str]], Tensor]
+from applications.openvclip.model.clip import CLIP, Tokenizer
+
+_AT_ONCE = 64
+"""Classes whose sentences go through the text tower together."""
 
 
 def class_embeddings(clip: CLIP, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
@@ -31,5 +33,13 @@ def class_embeddings(clip: CLIP, tokenizer: Tokenizer, classes: Sequence[str], t
         raise ValueError(
             f"the template {unfit[0]!r} must have one '{{}}', for the name of the class, and no other brace."
         )
-    device = clip.logit_scale.device
-    return open_clip.build_zero_shot_classifier(clip, tokenizer, classes, templates, 64, device).T.contiguous()
+    parts = [classes[i : i + _AT_ONCE] for i in range(0, len(classes), _AT_ONCE)]
+    return torch.cat([_embedded(clip, tokenizer, part, templates) for part in parts])
+
+
+@torch.no_grad()
+def _embedded(clip: CLIP, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+    tokens = tokenizer([template.format(name) for name in classes for template in templates])
+    embeddings = clip.encode_text(tokens.to(clip.logit_scale.device), normalize=True)
+    mean = embeddings.view(len(classes), len(templates), -1).mean(dim=1)
+    return mean / mean.norm(dim=1, keepdim=True)  # F.normalize would take the norm of another kernel

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -12,24 +11,14 @@ import fsspec
 import open_clip
 import torch
 from open_clip.model import CLIP
+from open_clip.transformer import QuickGELU
 from torch import Tensor
 
-from applications.openvclip.model.classifier import Tokenizer
+from applications.openvclip.model.clip import PretrainedCLIP
 from interpolate.checkpoints import Checkpoint
 from interpolate.weights import check_match
 
 Form = Literal["open_clip", "OpenAI", "Hugging Face", "Open-VCLIP"]
-
-
-@dataclass
-class PretrainedCLIP:
-    """A CLIP and what is needed to feed it."""
-
-    clip: CLIP
-    tokenizer: Tokenizer
-    image_size: int
-    image_mean: tuple[float, ...]
-    image_std: tuple[float, ...]
 
 
 def load(name: str, pretrained: str | None, device: torch.device) -> PretrainedCLIP:
@@ -55,7 +44,8 @@ def load(name: str, pretrained: str | None, device: torch.device) -> PretrainedC
         )
     if pretrained == "openai" and f"{name}-quickgelu" in open_clip.list_models():
         name = f"{name}-quickgelu"
-    clip = _from_tag(name, pretrained) if pretrained in tags else _from_file(name, pretrained)
+    found = None if pretrained in tags else _read(name, pretrained)
+    clip = _from_tag(name, pretrained) if found is None else _with_weights(name, pretrained, found)
     if not isinstance(clip, CLIP):
         raise ValueError(f"model.name: {name} is a {type(clip).__name__} of open_clip; a plain CLIP is needed.")
     settings = open_clip.get_model_preprocess_cfg(clip)
@@ -65,6 +55,7 @@ def load(name: str, pretrained: str | None, device: torch.device) -> PretrainedC
         image_size=settings["size"][0],
         image_mean=settings["mean"],
         image_std=settings["std"],
+        is_of_video=found is not None and found.form == "Open-VCLIP",
     )
 
 
@@ -78,17 +69,19 @@ def _from_tag(name: str, tag: str) -> torch.nn.Module:
         ) from error
 
 
-def _from_file(name: str, path: str) -> torch.nn.Module:
+def _read(name: str, path: str) -> Pretrained:
     try:
-        found = read_file(path)
+        return read_file(path)
     except FileNotFoundError as error:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
         raise ValueError(
             f"model.pretrained: {path!r} is neither a file nor one of open_clip's tags for {name} ({tags})."
         ) from error
-    if found.quick_gelu and not (open_clip.get_model_config(name) or {}).get("quick_gelu", False):
-        raise ValueError(f"{path} holds {found.form} weights, which need QuickGELU: use --model.name {name}-quickgelu.")
+
+
+def _with_weights(name: str, path: str, found: Pretrained) -> torch.nn.Module:
     clip = open_clip.create_model(name)
+    check_activation(clip, path, found)
     own = {key: tensor for key, tensor in clip.state_dict().items() if key in dict(clip.named_parameters())}
     check_match(own, found.weights)
     clip.load_state_dict(found.weights, strict=False)
@@ -103,8 +96,22 @@ class Pretrained(NamedTuple):
     form: Form
     """Whose names they had. "Open-VCLIP" is a checkpoint of the published code, every name of which begins with
     `model.`; its encoder needs `edge="zero"`."""
-    quick_gelu: bool
-    """Whether they are known to have been trained with QuickGELU."""
+    quick_gelu: bool | None
+    """Whether they were trained with QuickGELU; None where nothing tells."""
+
+
+def check_activation(clip: torch.nn.Module, path: str, found: Pretrained) -> None:
+    """See that weights go with the activation of a model, which their names and shapes say nothing of.
+
+    Raises:
+        ValueError: They were trained with another.
+    """
+    has = any(isinstance(module, QuickGELU) for module in clip.modules())
+    if found.quick_gelu is not None and found.quick_gelu != has:
+        needed, named = ("QuickGELU", "with") if found.quick_gelu else ("plain GELU", "without")
+        raise ValueError(
+            f"{path} holds {found.form} weights, which need {needed}: use the --model.name {named} -quickgelu."
+        )
 
 
 def read_file(path: str | Path) -> Pretrained:
@@ -130,17 +137,21 @@ def read_file(path: str | Path) -> Pretrained:
         form = "OpenAI"
     if "visual.conv1.weight" not in weights:
         raise ValueError(f"{path} holds no weights of a CLIP, but {len(weights)} tensors: {list(weights)[:3]}, ….")
-    quick_gelu = form in ("OpenAI", "Open-VCLIP") or (form == "Hugging Face" and _asks_for_quickgelu(checkpoint.path))
+    quick_gelu = True if form in ("OpenAI", "Open-VCLIP") else None
+    if form == "Hugging Face":
+        quick_gelu = _asks_for_quickgelu(checkpoint.path)
     mask = re.compile(r"(^|\.)attn_mask$")  # no weight, whether it lies at the top or in each layer
     weights = {k: value.float() for k, value in weights.items() if k not in _OPENAI and not mask.search(k)}
     return Pretrained(weights, form, quick_gelu)
 
 
-def _asks_for_quickgelu(path: str) -> bool:
-    """Whether the `config.json` beside Hugging Face's weights names QuickGELU, as it does for OpenAI's models."""
+def _asks_for_quickgelu(path: str) -> bool | None:
+    """Whether the `config.json` beside Hugging Face's weights names QuickGELU, as OpenAI's does; None if nothing names
+    an activation."""
     fs, weights = fsspec.core.url_to_fs(path)
     config = f"{weights.rpartition('/')[0]}/config.json"
-    return fs.exists(config) and b'"quick_gelu"' in fs.cat_file(config)
+    found = fs.cat_file(config) if fs.exists(config) else b""
+    return b'"quick_gelu"' in found if b'"hidden_act"' in found else None
 
 
 _OPENAI = {"input_resolution", "context_length", "vocab_size"}

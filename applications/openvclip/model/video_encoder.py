@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from open_clip.model import CLIP
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from applications.openvclip.model.clip import CLIP, ImageTower
 from applications.openvclip.model.temporal_attention import Edge, temporal_attention
+
+if TYPE_CHECKING:
+    from open_clip.transformer import VisionTransformer
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -29,7 +30,7 @@ class VideoEncoder(nn.Module):
     Source: Weng et al. 2023 (arXiv 2302.00624), eq. 2-3.
 
     Args:
-        clip: An open_clip model whose image tower is a `VisionTransformer` of plain attention blocks.
+        clip: One whose image tower is a vision transformer of plain attention blocks.
         temporal: Whether tokens see the neighbouring frames. False is CLIP*, the image model on each frame.
         edge: What the first and last frame see beyond the clip (`temporal_attention`); published weights need "zero".
         activation_checkpointing: Whether training keeps a block's input only, and computes the rest again in backward.
@@ -91,8 +92,8 @@ class VideoEncoder(nn.Module):
 
     def logits(self, embeddings: Tensor, class_embeddings: Tensor) -> Tensor:
         """Embeddings of clips (B, E) and of classes (K, E) → (B, K), in their precision under autocast too."""
-        scale = self.logit_scale
-        scale = scale.to_local() if isinstance(scale, DTensor) else scale
+        scale: Any = self.logit_scale
+        scale = scale.to_local() if hasattr(scale, "device_mesh") else scale  # a DTensor; its import takes a second
         with torch.autocast(embeddings.device.type, enabled=False):
             return scale.exp() * embeddings @ class_embeddings.T.to(embeddings.dtype)
 
@@ -121,8 +122,15 @@ def _twin(module: M, **children: nn.Module) -> M:
     return twin
 
 
-def extendable(tower: nn.Module) -> VisionTransformer:
-    """The tower itself, if it is a `VisionTransformer` whose blocks use a plain `nn.MultiheadAttention`."""
+def extendable(tower: nn.Module) -> ImageTower | VisionTransformer:
+    """The tower itself, if it is a vision transformer whose blocks use a plain `nn.MultiheadAttention`."""
+    if isinstance(tower, ImageTower):
+        return tower
+    from open_clip.transformer import (  # takes seconds, unless it is one of its
+        ResidualAttentionBlock,
+        VisionTransformer,
+    )
+
     if not isinstance(tower, VisionTransformer):
         raise TypeError(
             f"the image tower is a {type(tower).__module__}.{type(tower).__name__}; temporal attention can be added to "

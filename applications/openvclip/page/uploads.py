@@ -9,8 +9,8 @@ from typing import NamedTuple
 import av
 import numpy as np
 
-from applications.openvclip.data.dataset import EvaluationViews, opened
 from applications.openvclip.data.decode import VideoReadError
+from applications.openvclip.data.views import EvaluationViews, opened
 from applications.openvclip.inference.windows import Place, Windows
 
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif"

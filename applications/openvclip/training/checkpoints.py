@@ -15,15 +15,17 @@ import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from interpolate.atomic import replaced_path, replacing
 from interpolate.state import load_state, on_first, save_state
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.staging import DefaultStager
 
 _CHECKSUMS = "checksums.json"
 
@@ -48,11 +50,16 @@ class Checkpoints:
             raise ValueError(f"keep must be at least 1, got {keep}: a run needs a checkpoint to go on from.")
         self.folder = folder
         self.keep = keep
-        self._stager = DefaultStager(StagingOptions(False, False, False, False))
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._pending: Future[None] | None = None
         # the thread's own: collectives of two threads on one group would meet each other's
         self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+    @cached_property
+    def _stager(self) -> DefaultStager:
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions  # takes a second; many only load
+
+        return DefaultStager(StagingOptions(False, False, False, False))
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint; only the copying of the state is waited for, and the writing of the one before.

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIP
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from applications.openvclip.model.clip import CLIP
 from applications.openvclip.model.precision import Name, Precision
 from applications.openvclip.model.video_encoder import VideoEncoder
 from interpolate import InterpolatedWeightRegularizer, SWAAverager

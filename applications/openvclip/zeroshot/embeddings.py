@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from open_clip.model import CLIP
 from torch import Tensor
 
 from applications.openvclip import distributed
 from applications.openvclip.data.storage import cache_root
-from applications.openvclip.model.classifier import Tokenizer, class_embeddings
+from applications.openvclip.model.classifier import class_embeddings
+from applications.openvclip.model.clip import CLIP, Tokenizer
 from applications.openvclip.runs.weights import fingerprint, load_weights, save_weights
 
 

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from open_clip.model import CLIP
 from rich.console import Console
 from torch import Tensor
 
 from applications.openvclip import distributed
-from applications.openvclip.model.classifier import Tokenizer
+from applications.openvclip.model.clip import CLIP, Tokenizer
 from applications.openvclip.model.precision import Precision
 from applications.openvclip.model.temporal_attention import Edge
 from applications.openvclip.model.video_encoder import VideoEncoder

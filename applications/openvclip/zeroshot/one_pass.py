@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from applications.openvclip import distributed
-from applications.openvclip.data.dataset import EvaluationViews
 from applications.openvclip.data.decode import VideoReadError
 from applications.openvclip.data.storage import Cache
 from applications.openvclip.data.transforms import Normalisation, normalised
+from applications.openvclip.data.views import EvaluationViews
 from applications.openvclip.data.workers import Workers
 from applications.openvclip.model.precision import Precision
 from applications.openvclip.zeroshot.logits import LogitFiles

@@ -1,7 +1,8 @@
-"""Videos of a manifest as training clips and as test views: what a reading process does for a key."""
+"""Test views of a video: what a reading process does for a location. It needs no torch, whose import takes seconds."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,16 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from applications.openvclip.data import transforms
-from applications.openvclip.data.augmentation import Augmentation
 from applications.openvclip.data.decode import Video, VideoReadError
 from applications.openvclip.data.decoded import decoded
-from applications.openvclip.data.manifest import Manifest
 from applications.openvclip.data.sampling import Sampling
 from applications.openvclip.data.storage import Cache, FetchError, is_url
-
-TrainingKey = tuple[int, int, int]
-"""Epoch, index in the manifest, and how many other videos have been tried for it."""
 
 
 @contextmanager
@@ -61,43 +56,6 @@ def chosen_frames(
 
 
 @dataclass(frozen=True)
-class TrainingClips:
-    """Augmented clips. A clip is a function of the seed, the epoch and the index alone, whoever asks for it, and when.
-
-    A key (epoch, i, 0) is video i; where it can't be read, (epoch, i, 1) is the first video to take its place, and so
-    on. Values are a clip (3, T, size, size) uint8, the index of its class, and the shortfall of a video that was cut
-    off.
-    """
-
-    manifest: Manifest
-    sampling: Sampling
-    size: int
-    augmentation: Augmentation
-    seed: int
-    cache: Cache
-
-    def video(self, key: TrainingKey) -> int:
-        """The index in the manifest of the video that a key stands for."""
-        epoch, i, attempt = key
-        if attempt == 0:
-            return i
-        return int(np.random.default_rng([self.seed, epoch, i, attempt]).integers(len(self.manifest)))
-
-    def __call__(self, key: TrainingKey) -> tuple[np.ndarray, int, str]:
-        i = self.video(key)
-        rng = np.random.default_rng([self.seed, key[0], i])
-        short_side = self.augmentation.short_side(self.size, rng)
-        frames, shortfall = chosen_frames(
-            self.manifest.location(i),
-            self.cache,
-            short_side,
-            lambda n, fps: self.sampling.training_clip(n, fps, rng).tolist(),
-        )
-        clip = transforms.training_clip(frames, size=self.size, augmentation=self.augmentation, rng=rng)
-        return clip.numpy(), self.manifest.labels[i], shortfall
-
-
-@dataclass(frozen=True)
 class EvaluationViews:
     """All test views of a video from one decoding, and its shortfall if it was cut off, by location.
 
@@ -117,5 +75,17 @@ class EvaluationViews:
             lambda n, fps: np.concatenate([s.test_clip(n, fps, view) for view in range(s.views)]).tolist(),
         )
         clips = frames.reshape(s.views, s.frames, *frames.shape[1:])
-        crops = [transforms.evaluation_crops(clip, size=self.size, crops=s.crops).numpy() for clip in clips]
+        crops = [evaluation_crops(clip, size=self.size, crops=s.crops) for clip in clips]
         return np.concatenate(crops), shortfall
+
+
+def evaluation_crops(frames: np.ndarray, *, size: int, crops: int) -> np.ndarray:
+    """The centre, or the first, centre and last crop of the longer side: (T, H, W, 3) → (crops, 3, T, size, size)."""
+    clip = frames.transpose(3, 0, 1, 2)
+    slack = [side - size for side in clip.shape[-2:]]
+    offsets = [0.5] if crops == 1 else [0.0, 0.5, 1.0]
+    cut = []
+    for offset in offsets:
+        top, left = (math.ceil(s * (offset if s == max(slack) else 0.5)) for s in slack)
+        cut.append(clip[..., top : top + size, left : left + size])
+    return np.stack(cut)
