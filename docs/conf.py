@@ -35,7 +35,7 @@ myst_heading_anchors = 3
 myst_links_external_new_tab = False
 nb_execution_mode = "cache"
 nb_execution_in_temp = True
-nb_execution_timeout = 300
+nb_execution_timeout = 1800  # of a cell; a busy machine is slow
 nb_execution_raise_on_error = True
 
 autodoc_member_order = "bysource"
@@ -50,7 +50,7 @@ if os.environ.get("INTERSPHINX") == "1":
     }
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|contextlib|huggingface_hub|lightning|nn|os|pathlib|torch|transformers)\b.*"),
-    ("py:.*", r"(.*\.)?(Evaluate|Path|Progress|Ratio|Sampling|Source|T|VideoReadError|Weight)"),
+    ("py:.*", r"(.*\.)?(Evaluate|Path|Progress|Ratio|Recipe|Sampling|Source|T|VideoReadError|Weight)"),
 ]
 
 
@@ -73,7 +73,7 @@ class Help(SphinxDirective):
 def no_types(app: Sphinx, what: str, name: str, object: object, options: object, lines: list[str]) -> None:  # noqa: A002 - Sphinx's name
     """What stands before a colon in the first line of an attribute's docstring is no type, as napoleon takes it."""
     if what in ("attribute", "property"):
-        lines.insert(0, "")
+        lines.insert(0, "\\ ")
 
 
 def copy_study(app: Sphinx) -> None:
