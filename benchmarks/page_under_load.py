@@ -9,11 +9,14 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save_file
 
 
 def upload(address: str, path: Path) -> str:
@@ -97,20 +100,24 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results") / "page_under_load.json")
     options = parser.parse_args()
     from applications.openvclip import build
+    from applications.openvclip.miniature import tiny_clip
 
     manifest = build.data_set("miniature:zs_object")
     videos = [Path(manifest.location(i)) for i in range(0, len(manifest), 50)]
     labels = ", ".join(manifest.classes[:8])
-    command = [sys.executable, "-m", "applications.openvclip", "serve", "--model.name", "miniature", "--port", "7899"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        next(line for line in server.stdout if "Ctrl-C" in line)
-        address = "http://127.0.0.1:7899"
-        result = load(address, server.pid, videos, labels, clients=options.clients, seconds=options.seconds)
-    finally:
-        server.terminate()
-        server.wait()
+    with tempfile.TemporaryDirectory() as folder:
+        theta = Path(folder, "theta.safetensors")  # the slider needs weights that differ from the anchor
+        save_file({n: 1.01 * w if "visual." in n else w for n, w in tiny_clip.load().state_dict().items()}, theta)
+        command = [sys.executable, "-m", "applications.openvclip", "serve", "--weights", str(theta), "--port", "7899"]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            assert server.stdout is not None
+            next(line for line in server.stdout if "Ctrl-C" in line)
+            address = "http://127.0.0.1:7899"
+            result = load(address, server.pid, videos, labels, clients=options.clients, seconds=options.seconds)
+        finally:
+            server.terminate()
+            server.wait()
     print(json.dumps(result, indent=1))
     options.output.write_text(json.dumps(result, indent=1) + "\n")
 

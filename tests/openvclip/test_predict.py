@@ -254,3 +254,15 @@ def test_processes_that_read_videos_for_it_do_without_torch() -> None:
     script = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_server_that_cannot_be_reached_costs_the_other_videos_nothing(
+    folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("aiohttp")
+    nowhere = "http://127.0.0.1:9/clip.mp4"  # the port is for discarding, and nobody listens there
+    assert run(nowhere, str(folder / "a.mp4"), "--labels", "cloud,square", "--csv") == 1
+    lost, *seen = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert lost["video"] == nowhere
+    assert "Cannot connect to host 127.0.0.1:9" in lost["fault"]
+    assert [row["video"] for row in seen] == 2 * [str(folder / "a.mp4")]

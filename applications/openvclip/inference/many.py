@@ -46,7 +46,7 @@ def find_videos(sources: Iterable[str]) -> list[str]:
     """
     found: dict[str, None] = {}
     for source in sources:
-        if not storage.is_folder(source):
+        if not _is_folder(source):
             found[source] = None
             continue
         files = [path for path in storage.list_files(source) if is_video(path)]
@@ -56,6 +56,13 @@ def find_videos(sources: Iterable[str]) -> list[str]:
     if not found:
         raise ValueError("at least one video is needed, a file, a folder or a URL; got none.")
     return list(found)
+
+
+def _is_folder(source: str) -> bool:
+    try:
+        return storage.is_folder(source)
+    except OSError:  # a server that can't be reached, say; reading it says so, and costs the other videos nothing
+        return False
 
 
 def look_at(classifier: Classifier, videos: Iterable[str], *, workers: int, time_limit_s: float) -> Iterator[Seen]:
