@@ -16,7 +16,7 @@ from sphinx.util.docutils import SphinxDirective
 import interpolate.__main__
 from applications.openvclip import __main__ as openvclip
 
-os.environ |= {"COLUMNS": "110", "NO_COLOR": "1"}  # of the texts of --help
+os.environ |= {"COLUMNS": "88", "NO_COLOR": "1"}  # of the texts of --help
 HERE = Path(__file__).parent
 STUDY = HERE.parent / "benchmarks" / "results" / "study"
 
@@ -25,6 +25,7 @@ author = "the interpolate authors"
 release = metadata.version("interpolate-weights")
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.intersphinx"]
 exclude_patterns = ["_build"]
+default_role = "code"  # in docstrings, as in the pages
 
 html_theme = "furo"
 html_title = "interpolate"
