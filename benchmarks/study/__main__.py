@@ -16,7 +16,7 @@ from pathlib import Path
 from applications.openvclip.miniature import tasks
 from benchmarks.measuring import RESULTS
 from benchmarks.study import findings, report
-from benchmarks.study.methods import SEEDS, Size, trainings_of
+from benchmarks.study.methods import SEEDS, Size, mixtures_of, trainings_of
 from benchmarks.study.running import jobs, run_all
 
 
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         seeds = options.seeds or SEEDS[size]
         for seed in seeds:
             tasks.prepare(seed)  # before several runs would make the same videos
-        everything = jobs(trainings_of(size), seeds, options.runs)
+        everything = jobs(trainings_of(size), mixtures_of(size), seeds, options.runs)
         run_all(everything, options.parallel)
         options.output.mkdir(parents=True, exist_ok=True)
         findings.write(findings.gather(everything, size), found)

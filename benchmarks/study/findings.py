@@ -78,7 +78,7 @@ def gather(jobs: Sequence[Job], size: str) -> Findings:
                 f"{job.folder.path}: evaluated on {hashes}, with {BASELINE} at {baseline}; other runs with seed {seed} "
                 f"on {protocols[seed]}, at {baselines[seed]}. They can't be compared; run the study in another folder."
             )
-        accuracy.setdefault(job.training.name, {})[seed] = {
+        accuracy.setdefault(job.name, {})[seed] = {
             name: {scorer: result.mean_std(scorer)[0] for scorer in result.accuracy} for name, result in found.items()
         }
     return Findings(size, sorted({job.seed for job in jobs}), provenance(), protocols, accuracy)

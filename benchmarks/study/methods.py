@@ -89,6 +89,25 @@ _FULL = (
 TRAININGS = (*_METHODS, *_FULL)
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Weights that are not trained but made of the averages that several trainings with one seed have left."""
+
+    name: str
+    trainings: tuple[str, ...]
+    """Whose mean it is."""
+    shallow: float = 0.0
+    """Weight of the anchor in the first block of the tower, falling to 0 in the last."""
+    size: Size = "default"
+
+
+MIXTURES = (
+    Mixture("plain and iwr", ("plain", "iwr")),
+    Mixture("iwr and teacher", ("iwr", "teacher")),
+    Mixture("iwr by depth", ("iwr",), shallow=0.5),
+)
+
+
 def _rows(training: str, last: str | None, averaged: str) -> tuple[Row, ...]:
     of_last = (Row(last, training, False, 0.0), Row(f"{last} + patch", training, False, PATCH)) if last else ()
     return (*of_last, Row(averaged, training, True, 0.0), Row(f"{averaged} + patch", training, True, PATCH))
@@ -106,6 +125,9 @@ ROWS = (
     *_rows("iwr random", None, "IWR, random + SWA"),
     *_rows("iwr alpha per micro-batch", None, "IWR, alpha per micro-batch + SWA"),
     *_rows("iwr edge zero", None, "IWR, edge zero + SWA"),
+    *_rows("plain and iwr", None, "mean of SWA and IWR + SWA"),
+    *_rows("iwr and teacher", None, "mean of IWR + SWA and EMA teacher + SWA"),
+    *_rows("iwr by depth", None, "IWR + SWA, by depth"),
     *(row for t in _FULL for row in _rows(t.name, None, f"{t.name} + SWA")),
 )
 
@@ -129,6 +151,9 @@ CLAIMS = (
     Claim("IWR adds to a teacher", "IWR + EMA teacher + SWA + patch", "EMA teacher + SWA + patch"),
     Claim("The mean is a better teacher than the EMA", "mean teacher + SWA + patch", "EMA teacher + SWA + patch"),
     Claim("Every step is better than every other", "IWR + SWA + patch", "IWR, every other step + SWA + patch"),
+    Claim("The mean of two runs lies above either", "mean of SWA and IWR + SWA + patch", "IWR + SWA + patch"),
+    Claim("So does that with a teacher", "mean of IWR + SWA and EMA teacher + SWA + patch", "IWR + SWA + patch"),
+    Claim("More of the anchor in shallow blocks lifts", "IWR + SWA, by depth + patch", "IWR + SWA + patch"),
     Claim("Two passes are better than half a batch each", "IWR + SWA + patch", "IWR, split + SWA + patch"),
     Claim("Two passes are better than one at random", "IWR + SWA + patch", "IWR, random + SWA + patch"),
     Claim("An alpha for each micro-batch is better", "IWR, alpha per micro-batch + SWA + patch", "IWR + SWA + patch"),
@@ -138,3 +163,7 @@ CLAIMS = (
 
 def trainings_of(size: Size) -> tuple[Training, ...]:
     return tuple(t for t in TRAININGS if SIZES.index(t.size) <= SIZES.index(size))
+
+
+def mixtures_of(size: Size) -> tuple[Mixture, ...]:
+    return tuple(m for m in MIXTURES if SIZES.index(m.size) <= SIZES.index(size))

@@ -6,27 +6,61 @@ import os
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from applications.openvclip.commands.train import parse
 from applications.openvclip.config import to_dict
 from applications.openvclip.data.manifest import write_manifest
-from applications.openvclip.miniature import tasks
+from applications.openvclip.miniature import tasks, tiny_clip
 from applications.openvclip.runs.folder import RunFolder, differences
-from benchmarks.study.methods import SETS, Training
+from applications.openvclip.runs.weights import load_weights, save_weights
+from benchmarks.study.methods import SETS, Mixture, Training
+from interpolate import patch
+from interpolate.depth import by_depth
 
 
 @dataclass(frozen=True)
-class Job:
-    """One training with one seed."""
+class Job(ABC):
+    """A folder of results to come by, with one seed."""
 
-    training: Training
+    name: str
     seed: int
     folder: RunFolder
+
+    @abstractmethod
+    def ended(self) -> bool:
+        """Whether its results are there."""
+
+    @abstractmethod
+    def run(self) -> None:
+        """Come by them, in a process of its own on one thread; its output is kept beside the folder."""
+
+    def _run(self, *arguments: str) -> None:
+        log = self.folder.path.with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as output:
+            code = subprocess.run(
+                [sys.executable, "-m", "applications.openvclip", *arguments],
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            ).returncode
+        if code or not self.folder.results.exists():
+            raise RuntimeError(f"{self.name}, seed {self.seed}: exit code {code} and no results; see {log}.")
+
+
+@dataclass(frozen=True)
+class Trained(Job):
+    """A run of training."""
+
+    training: Training
     options: tuple[str, ...]
 
     @property
@@ -47,73 +81,96 @@ class Job:
             *self.options,
         ]
 
+    def ended(self) -> bool:
+        if not self.folder.results.exists():
+            return False
+        changed = differences(self.folder.read_settings(), to_dict(parse(self.arguments)))
+        if changed:
+            raise FileExistsError(
+                f"{self.folder.path} holds a run with other settings ({', '.join(changed)}); choose another --output."
+            )
+        return True
 
-def jobs(trainings: Sequence[Training], seeds: Sequence[int], folder: Path, options: Sequence[str] = ()) -> list[Job]:
-    """All runs, a seed after the other, so that what has all methods is there as early as can be.
+    def run(self) -> None:
+        self._run("train", *self.arguments)
+
+
+@dataclass(frozen=True)
+class Mixed(Job):
+    """What is made of runs of training that have ended, as if it were one."""
+
+    mixture: Mixture
+
+    def ended(self) -> bool:
+        return self.folder.results.exists()
+
+    def run(self) -> None:
+        runs = [RunFolder(path_of(self.folder.path.parents[1], name, self.seed)) for name in self.mixture.trainings]
+        averages, metadata = zip(*(load_weights(run.averaged) for run in runs), strict=True)
+        mean = {name: torch.stack([weights[name] for weights in averages]).mean(0) for name in averages[0]}
+        anchor = tiny_clip.load_pretrained(torch.device("cpu")).clip.state_dict()
+        mixed = patch(anchor, mean, anchor_weight=by_depth(mean, first=self.mixture.shallow, last=0.0))
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        self.folder.write_settings(runs[0].read_settings())
+        save_weights(self.folder.averaged, mixed, metadata[0] | {"content": self.name})
+        self._run("evaluate", str(self.folder.path))
+
+
+def jobs(
+    trainings: Sequence[Training],
+    mixtures: Sequence[Mixture],
+    seeds: Sequence[int],
+    folder: Path,
+    options: Sequence[str] = (),
+) -> list[Job]:
+    """All there is to do, a seed after the other, so that what has all methods is there as early as can be.
 
     Args:
         trainings: What to train.
+        mixtures: What to make of it.
         seeds: Each with every training.
         folder: Where the run folders are.
         options: Of `openvclip train`, for all runs.
     """
-    made = []
+    made: list[Job] = []
     for seed in seeds:
-        for training in trainings:
-            path = folder / training.name.replace(",", "").replace(" ", "-") / f"seed-{seed}"
-            made.append(Job(training, seed, RunFolder(path), tuple(options)))
+        for t in trainings:
+            made.append(Trained(t.name, seed, RunFolder(path_of(folder, t.name, seed)), t, tuple(options)))
+        for m in mixtures:
+            made.append(Mixed(m.name, seed, RunFolder(path_of(folder, m.name, seed)), m))
     return made
 
 
+def path_of(folder: Path, name: str, seed: int) -> Path:
+    return folder / name.replace(",", "").replace(" ", "-") / f"seed-{seed}"
+
+
 def run_all(jobs: Sequence[Job], parallel: int, say: Callable[[str], object] = print) -> None:
-    """Run what has not ended yet, several at a time, and say how far it is and how long it will take.
+    """Do what has not ended yet, several at a time, and say how far it is and how long it will take.
 
     Raises:
         FileExistsError: A run that has ended was made with other settings.
         RuntimeError: A run failed or was stopped; the others that had begun have ended.
     """
-    missing = [job for job in jobs if not ended(job)]
+    missing = [job for job in jobs if not job.ended()]
     say(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them there already")
-    lists = {job.few_videos: job for job in missing if job.few_videos}  # once, before any of the runs reads one
+    trained = [job for job in missing if isinstance(job, Trained)]
+    lists = {job.few_videos: job for job in trained if job.few_videos}  # once, before any of the runs reads one
     for path, job in lists.items():
         write_few(path, job.seed, job.training.videos_per_class or 0)
-    began = time.monotonic()
-    with ThreadPoolExecutor(parallel) as pool:
-        futures = {pool.submit(run, job): job for job in missing}
-        try:
-            for n, future in enumerate(as_completed(futures), 1):
-                future.result()
-                job, left = futures[future], (time.monotonic() - began) / n * (len(missing) - n)
-                say(f"{n} of {len(missing)}: {job.training.name}, seed {job.seed}; about {left / 60:.0f} min left")
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def ended(job: Job) -> bool:
-    if not job.folder.results.exists():
-        return False
-    changed = differences(job.folder.read_settings(), to_dict(parse(job.arguments)))
-    if changed:
-        raise FileExistsError(
-            f"{job.folder.path} holds a run with other settings ({', '.join(changed)}); choose another --output."
-        )
-    return True
-
-
-def run(job: Job) -> None:
-    """Train and evaluate, in a process of its own on one thread; its output is kept beside the run folder."""
-    log = job.folder.path.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as output:
-        code = subprocess.run(
-            [sys.executable, "-m", "applications.openvclip.train", *job.arguments],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        ).returncode
-    if code or not job.folder.results.exists():
-        raise RuntimeError(f"{job.training.name}, seed {job.seed}: exit code {code} and no results; see {log}.")
+    began, done = time.monotonic(), 0
+    for kind in (Trained, Mixed):  # which are made of the former
+        with ThreadPoolExecutor(parallel) as pool:
+            futures = {pool.submit(job.run): job for job in missing if isinstance(job, kind)}
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    job, done = futures[future], done + 1
+                    left = (time.monotonic() - began) / done * (len(missing) - done)
+                    say(f"{done} of {len(missing)}: {job.name}, seed {job.seed}; about {left / 60:.0f} min left")
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
 
 def write_few(path: Path, seed: int, videos_per_class: int) -> None:

@@ -1,20 +1,28 @@
 """What the study concludes from accuracies, by hand-computed cases."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from applications.openvclip.commands.train import parse
-from applications.openvclip.miniature import tasks
+from applications.openvclip.miniature import tasks, tiny_clip
 from applications.openvclip.ranges import check, training_ranges
+from applications.openvclip.runs.weights import load_weights
 from benchmarks.study import findings, report
 from benchmarks.study.analysis import Estimate, estimate, gap, gaps, paired, useful_branch, verdict
 from benchmarks.study.findings import Findings
-from benchmarks.study.methods import CLAIMS, ROWS, SEEDS, SETS, SIZES, TRAININGS, trainings_of
-from benchmarks.study.running import ended, jobs, write_few
+from benchmarks.study.methods import CLAIMS, MIXTURES, ROWS, SEEDS, SETS, SIZES, TRAININGS, Mixture, trainings_of
+from benchmarks.study.running import Job, Trained, jobs, run_all, write_few
 from tests.openvclip.conftest import small_world as small_world
 
 ACCURACIES = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=2, max_size=8)
@@ -76,7 +84,7 @@ def test_differences_are_paired_by_seed() -> None:
 
 
 def test_every_row_and_claim_is_of_something_trained() -> None:
-    assert {row.training for row in ROWS} == {training.name for training in TRAININGS}
+    assert {row.training for row in ROWS} == {made.name for made in (*TRAININGS, *MIXTURES)}
     names = [row.name for row in ROWS]
     assert len(set(names)) == len(names)
     assert {name for claim in CLAIMS for name in (claim.better, claim.worse)} <= set(names)
@@ -85,23 +93,26 @@ def test_every_row_and_claim_is_of_something_trained() -> None:
 
 
 def test_what_would_be_trained_is_a_valid_configuration(tmp_path: Path) -> None:
-    made = jobs(TRAININGS, (10,), tmp_path)
+    made = jobs(TRAININGS, MIXTURES, (10,), tmp_path)
     for job in made:
-        check(training_ranges(parse(job.arguments)))
-    assert not any(map(ended, made))
-    assert len({job.folder.path for job in made}) == len(TRAININGS)
+        if isinstance(job, Trained):
+            check(training_ranges(parse(job.arguments)))
+    assert not any(job.ended() for job in made)
+    assert len({job.folder.path for job in made}) == len(TRAININGS) + len(MIXTURES)
+    assert {name for mixture in MIXTURES for name in mixture.trainings} <= {t.name for t in trainings_of("default")}
 
 
 def test_a_finished_run_with_other_settings_is_refused(tmp_path: Path) -> None:
     from applications.openvclip.config import to_dict
 
-    (job,), (other,) = (jobs(TRAININGS[:1], (10,), tmp_path, more) for more in ((), ("--optimization.epochs", "7")))
+    (job,), (other,) = (jobs(TRAININGS[:1], (), (10,), tmp_path, more) for more in ((), ("--optimization.epochs", "7")))
+    assert isinstance(job, Trained)
     job.folder.path.mkdir(parents=True)
     job.folder.write_settings(to_dict(parse(job.arguments)))
     job.folder.results.write_text("{}")
-    assert ended(job)
+    assert job.ended()
     with pytest.raises(FileExistsError, match="epochs: 3, now 7"):
-        ended(other)
+        other.ended()
 
 
 def made_up() -> Findings:
@@ -145,3 +156,51 @@ def test_fewer_videos_are_the_first_of_every_class(tmp_path: Path, small_world: 
     assert few.classes == whole.classes
     assert [few.labels.count(i) for i in range(len(few.classes))] == [2] * len(whole.classes)
     assert few.location(0) == whole.location(0)
+
+
+def tiny(small_world: dict[str, Path], folder: Path) -> list[Job]:
+    """Two seeds of a training of six steps, and what is made of it."""
+    options = (
+        *("--data.train", str(small_world["train"]), "--optimization.batch-size", "8", "--averager.start-epoch", "1"),
+        *("--data.test", str(small_world["closed"]), "--evaluation.anchor-weights", "0", "0.5", "1"),
+        *("--checkpoint.every-steps", "1"),
+    )
+    return jobs(trainings_of("quick")[1:], (Mixture("by depth", ("iwr",), shallow=0.5),), (10, 11), folder, options)
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_to_the_same_findings(tmp_path: Path, small_world: dict[str, Path]) -> None:
+    code = (
+        "import json, sys; from pathlib import Path; from tests.benchmarks.test_study import run_all, tiny; "
+        "run_all(tiny({k: Path(v) for k, v in json.loads(sys.argv[1]).items()}, Path(sys.argv[2])), 2)"
+    )
+    world = json.dumps({name: str(path) for name, path in small_world.items()})
+    process = subprocess.Popen([sys.executable, "-c", code, world, str(tmp_path / "killed")], start_new_session=True)
+    while not list((tmp_path / "killed").glob("*/*/checkpoints/step-*")):
+        assert process.poll() is None, "the study ended before it could be killed"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)  # with the runs it has started
+    process.wait()
+    killed, whole = (tiny(small_world, tmp_path / name) for name in ("killed", "whole"))
+    assert not all(job.ended() for job in killed)
+    said: list[str] = []
+    run_all(killed, 2, said.append)
+    assert "about 0 min left" in said[-1]
+    run_all(whole, 2)
+    found = [findings.gather(made, "quick") for made in (killed, whole)]
+    assert found[0].accuracy == found[1].accuracy
+    assert found[0].protocols == found[1].protocols
+    assert {name: set(by_seed) for name, by_seed in found[0].accuracy.items()} == {
+        "iwr": {"10", "11"},
+        "by depth": {"10", "11"},
+    }
+    run_all(killed, 2, said.append)
+    assert said[-1] == "4 runs, 4 of them there already"
+    theta, mixed = (
+        load_weights(tmp_path / "killed" / name / "seed-10" / "averaged.safetensors")[0] for name in ("iwr", "by-depth")
+    )
+    anchor = tiny_clip.load_pretrained(torch.device("cpu")).clip.state_dict()
+    blocks = sorted({name.split(".")[3] for name in theta if name.startswith("visual.transformer.resblocks.")})
+    for block, weight in ((blocks[0], 0.5), (blocks[-1], 0.0)):
+        name = f"visual.transformer.resblocks.{block}.mlp.c_fc.weight"
+        torch.testing.assert_close(mixed[name], theta[name].lerp(anchor[name], weight))
