@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 
 from matplotlib.figure import Figure
 
@@ -84,7 +85,7 @@ def table(findings: Findings, rows: Sequence[Row]) -> str:
 
 
 def claims(findings: Findings, there: Sequence[Row]) -> str:
-    lines = []
+    lines, widths = [], []
     for claim in CLAIMS:
         better, worse = BY_NAME[claim.better], BY_NAME[claim.worse]
         if better not in there or worse not in there:
@@ -93,8 +94,16 @@ def claims(findings: Findings, there: Sequence[Row]) -> str:
         fixed = [paired(findings.values(better, m), findings.values(worse, m)) for m in ("closed", "zero-shot")]
         cells = (_difference(e) for e in (*at_equal.values(), *fixed))
         lines.append([claim.text, f"**{verdict(at_equal['zero-shot'])}**", *cells])
+        if at_equal["zero-shot"]:
+            widths.append(at_equal["zero-shot"].high - at_equal["zero-shot"].low)
     head = ("claim", "", "zero-shot, equal closed", "out of context, equal closed")
-    return "\n".join(markdown_table((*head, f"closed at {PATCH:g}", f"zero-shot at {PATCH:g}"), lines))
+    rows = "\n".join(markdown_table((*head, f"closed at {PATCH:g}", f"zero-shot at {PATCH:g}"), lines))
+    if not widths:
+        return rows
+    return (
+        f"{rows}\n\nThe median bracket is ± {100 * median(widths) / 2:.1f} points: methods that differ by less, the "
+        f"miniature does not tell apart with {len(findings.seeds)} seeds."
+    )
 
 
 def _mean_std(e: Estimate) -> str:
