@@ -32,12 +32,13 @@ HOLDING = (
 )
 
 
-def holder(path: Path) -> subprocess.Popen:
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDING, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout.readline() == b"ready\n"
-    return process
+def holders(*paths: Path) -> list[subprocess.Popen]:
+    processes = [
+        subprocess.Popen([sys.executable, "-c", HOLDING, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for path in paths
+    ]
+    assert [process.stdout.readline() for process in processes] == [b"ready\n"] * len(paths)
+    return processes
 
 
 def end(process: subprocess.Popen, number: int) -> None:
@@ -46,7 +47,7 @@ def end(process: subprocess.Popen, number: int) -> None:
 
 
 def test_what_a_killed_process_left_is_swept_and_what_a_living_one_uses_is_not(tmp_path: Path):
-    killed, terminated, alive = holder(tmp_path / "a"), holder(tmp_path / "b"), holder(tmp_path / "c")
+    killed, terminated, alive = holders(*(tmp_path / name for name in "abc"))
     try:
         end(killed, signal.SIGKILL)
         end(terminated, signal.SIGTERM)

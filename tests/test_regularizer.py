@@ -563,7 +563,7 @@ def test_one_pass_estimators_are_unbiased(passes: str):
     model, (x, y) = nn.Linear(3, 3).double(), batch()
     x, y = torch.cat([x, x]), torch.cat([y, y])  # both halves alike: what is left to average is the draw
     regularizer = regularizer_away_from_anchor(model, passes=passes, strength=0.5, max_alpha=0.3)
-    n, expected, total = 2000, 0.0, 0.0
+    n, expected, total = 2000 if passes == "random" else 20, 0.0, 0.0
     for _ in range(n):
         expected += explicit_gradients(regularizer, mse(x, y))["weight"] / n
         regularizer.backward(lambda model, x, y: F.mse_loss(model(x), y), x, y)
