@@ -68,9 +68,12 @@ def gather(jobs: Sequence[Job], size: str) -> Findings:
     """
     accuracy: dict[str, dict[str, Accuracies]] = {}
     protocols: dict[str, dict[str, str]] = {}
+    commits: set[str] = set()
     baselines: dict[str, dict[str, float]] = {}
     for job in jobs:
-        found = {name.rpartition("/")[2]: result for name, result in read_results(job.folder.results).protocols.items()}
+        results = read_results(job.folder.results)
+        commits.add(str(results.provenance["commit"]))
+        found = {name.rpartition("/")[2]: result for name, result in results.protocols.items()}
         seed, hashes = str(job.seed), {name: result.hash for name, result in found.items()}
         baseline = {name: result.mean_std(BASELINE)[0] for name, result in found.items()}
         if protocols.setdefault(seed, hashes) != hashes or baselines.setdefault(seed, baseline) != baseline:
@@ -81,7 +84,13 @@ def gather(jobs: Sequence[Job], size: str) -> Findings:
         accuracy.setdefault(job.name, {})[seed] = {
             name: {scorer: result.mean_std(scorer)[0] for scorer in result.accuracy} for name, result in found.items()
         }
-    return Findings(size, sorted({job.seed for job in jobs}), provenance(), protocols, accuracy)
+    return Findings(
+        size,
+        sorted({job.seed for job in jobs}),
+        provenance() | {"commits of the runs": sorted(commits)},
+        protocols,
+        accuracy,
+    )
 
 
 def write(findings: Findings, path: Path) -> None:

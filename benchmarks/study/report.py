@@ -25,7 +25,10 @@ HOW_CLAIMS_ARE_JUDGED = """\
 How much more zero-shot accuracy one curve has than another: the mean over the closed-set accuracies that both reach,
 paired by seed; in brackets 95 % of the bootstrap over seeds, which is somewhat narrow for so few, and for two seeds
 their range. *Held* and *not held*: the bracket excludes 0. Beside it the differences at the one anchor weight, where a
-method that only slides along the curve looks like one that lifts it."""
+method that only slides along the curve looks like one that lifts it.
+
+No setting is tuned for a method. The EMA teacher has the decay that it was published with, for runs many times as long:
+in the 270 steps here it hardly leaves CLIP, and the mean as a teacher is the fairer comparison."""
 
 
 def write(findings: Findings, folder: Path) -> None:
@@ -67,7 +70,7 @@ def made_of(findings: Findings) -> str:
     return (
         f"Top-1 in %, mean ± standard deviation over the seeds {', '.join(map(str, findings.seeds))}. Zero-shot is the "
         f"mean of {', '.join(ZERO_SHOT)}; patched rows have an anchor weight of {PATCH:g}. Made by `{p['command']}` at "
-        f"{p['commit']}, with {json.dumps(p['versions'])} on {json.dumps(p['hardware'])}."
+        f"{', '.join(p['commits of the runs'])}, with {json.dumps(p['versions'])} on {json.dumps(p['hardware'])}."
     )
 
 

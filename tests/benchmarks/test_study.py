@@ -18,6 +18,7 @@ from applications.openvclip.commands.train import parse
 from applications.openvclip.miniature import tasks, tiny_clip
 from applications.openvclip.ranges import check, training_ranges
 from applications.openvclip.runs.weights import load_weights
+from benchmarks.measuring import RESULTS
 from benchmarks.study import findings, report
 from benchmarks.study.analysis import Estimate, estimate, gap, gaps, paired, useful_branch, verdict
 from benchmarks.study.findings import Findings
@@ -128,7 +129,7 @@ def made_up() -> Findings:
         return found
 
     accuracy = {name: {"10": sets(up), "11": sets(up + 0.01)} for name, up in (("plain", 0.0), ("iwr", 0.02))}
-    provenance: dict[str, Any] = {"command": "study", "commit": "abc", "versions": {}, "hardware": {}}
+    provenance: dict[str, Any] = {"command": "study", "commits of the runs": ["abc"], "versions": {}, "hardware": {}}
     return Findings("quick", [10, 11], provenance, {}, accuracy)
 
 
@@ -144,6 +145,12 @@ def test_a_report_says_what_became_of_each_claim(tmp_path: Path) -> None:
     assert "| CLIP*, temporal | 20.0 ± 0.0 | 50.0 ± 0.0 |" in text
     assert (tmp_path / "figure-2.png").stat().st_size > 1000
     assert (tmp_path / "figure-3.png").stat().st_size > 1000
+
+
+def test_the_shipped_report_is_of_the_shipped_findings() -> None:
+    folder = RESULTS / "study"
+    found = findings.read(folder / "findings.json")
+    assert (folder / "report.md").read_text() == report.markdown(found)
 
 
 def test_fewer_videos_are_the_first_of_every_class(tmp_path: Path, small_world: dict[str, Path], monkeypatch) -> None:
