@@ -1,6 +1,7 @@
 """What does one update of an average cost, in time and memory, against one copy of the weights and its alternatives?
 
 `float32 lerp` is the running mean in float32, the fastest there is; it stops moving after some ten thousand updates.
+Lightning's `WeightAveraging` is torch's `AveragedModel`.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 import ctypes
 import resource
 from collections.abc import Callable
+from importlib.metadata import version
 
+import ema_pytorch
 import torch
 from measuring import alone, interleaved, ratios, save
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
@@ -48,6 +52,16 @@ def averaged_model_multi(model: nn.Module) -> Callable[[], object]:
     return lambda: averaged.update_parameters(model)
 
 
+def timm_ema(model: nn.Module) -> Callable[[], object]:
+    average = ModelEmaV3(model, decay=0.999)
+    return lambda: average.update(model)
+
+
+def ema_pytorch_ema(model: nn.Module) -> Callable[[], object]:
+    average = ema_pytorch.EMA(model, beta=0.999, update_after_step=0, update_every=1, use_foreach=True)
+    return average.update
+
+
 CONTENDERS: dict[str, Callable[[nn.Module], Callable[[], object]]] = {
     "copy": copy_of,
     "SWAAverager": lambda model: SWAAverager(model).update,
@@ -56,7 +70,12 @@ CONTENDERS: dict[str, Callable[[nn.Module], Callable[[], object]]] = {
     "float32 lerp": float32_lerp,
     "AveragedModel": averaged_model,
     "AveragedModel, multi_avg_fn": averaged_model_multi,
+    "timm's ModelEmaV3": timm_ema,
+    "ema-pytorch's EMA": ema_pytorch_ema,
 }
+
+
+OTHERS = {name: version(name) for name in ("timm", "ema-pytorch")}
 
 
 def peak(name: str) -> float:
@@ -78,7 +97,7 @@ def main() -> None:
     model = vision_tower()
     seconds = interleaved({name: make(model) for name, make in CONTENDERS.items()}, RUNS)
     found = {"time_over_copy": ratios(seconds, "copy"), "peak_in_copies": peaks}
-    save("averaging_update", {"runs": RUNS, "model": "ViT-B/32", **found})
+    save("averaging_update", {"runs": RUNS, "model": "ViT-B/32", "others": OTHERS, **found})
 
 
 if __name__ == "__main__":

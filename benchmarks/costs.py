@@ -44,6 +44,9 @@ def costs() -> list[Cost]:
         figure = f"{quartiles(floor['functional'])}; swapped in place {quartiles(floor['in_place'])}"
         figure += f"; the published procedure {quartiles(floor['published'])}"
         rows.append(Cost(f"a regularized step, {model}", figure, "two passes and one update, the floor", "iwr_step"))
+        plain = found["time_over_plain_step"]
+        figure = f"half a batch to either term {quartiles(plain['split'])}; one at random {quartiles(plain['random'])}"
+        rows.append(Cost(f"a regularized step of one pass, {model}", figure, "a plain step", "iwr_step"))
     for model, copies in results("iwr_memory")["peak_above_plain_step_in_copies_of_the_parameters"].items():
         figure = f"{copies['functional']:.1f} copies of the parameters more, the anchor being one"
         rows.append(Cost(f"its peak of memory, {model}", figure, "a plain step", "iwr_memory"))
@@ -54,6 +57,12 @@ def costs() -> list[Cost]:
     )
     figure += f"after many steps, {quartiles(update['time_over_copy']['AveragedModel, multi_avg_fn'])}"
     rows.append(Cost(f"an averaging update, {update['model']}", figure, "a copy of the weights", "averaging_update"))
+    others = ", ".join(
+        f"{name} {update['others'][package]} {quartiles(update['time_over_copy'][name])}"
+        for name, package in (("timm's ModelEmaV3", "timm"), ("ema-pytorch's EMA", "ema-pytorch"))
+    )
+    figure = f"{quartiles(update['time_over_copy']['EMAAverager'])}; {others}"
+    rows.append(Cost("an exponential one", figure, "a copy of the weights", "averaging_update"))
     teacher = results("teacher_step")
     for case, found in teacher["time_over_plain_pass"].items():
         figure = f"{quartiles(found['averager(x)'])}; at the anchor {quartiles(found['regularizer.at_anchor(x)'])}"
