@@ -28,22 +28,32 @@ def useful_branch(curve: Curve) -> list[tuple[float, float]]:
     return branch
 
 
-def gap(better: Curve, worse: Curve) -> float | None:
-    """How much higher one curve lies than another: the mean over the closed accuracies that both reach.
+def overlap(a: Curve, b: Curve) -> tuple[float, float] | None:
+    """The closed accuracies that two curves both reach, from the least to the most; None where there are none.
 
     The anchor is the same in both, and the chord from it to the next point says nothing of either: what both reach
-    begins at that point. Between points the curves are lines, of which the mean is exact.
+    begins at that point.
+    """
+    branches = [useful_branch(curve)[1:] for curve in (a, b)]
+    if not all(branches):
+        return None
+    low, high = max(branch[0][0] for branch in branches), min(branch[-1][0] for branch in branches)
+    return (low, high) if low < high else None
+
+
+def gap(better: Curve, worse: Curve) -> float | None:
+    """How much higher one curve lies than another: the mean over their `overlap`.
+
+    Between points the curves are lines, of which the mean is exact.
 
     Returns:
         None where there is no closed accuracy that both reach.
     """
+    both = overlap(better, worse)
+    if both is None:
+        return None
+    low, high = both
     branches = [useful_branch(curve)[1:] for curve in (better, worse)]
-    if not all(branches):
-        return None
-    low = max(branch[0][0] for branch in branches)
-    high = min(branch[-1][0] for branch in branches)
-    if low >= high:
-        return None
     x = sorted({low, high, *(closed for branch in branches for closed, _ in branch if low < closed < high)})
     upper, lower = (np.interp(x, [p[0] for p in branch], [p[1] for p in branch]) for branch in branches)
     return float(np.trapezoid(upper - lower, x)) / (high - low)

@@ -150,6 +150,7 @@ CLAIMS = (
     Claim("A teacher is better than IWR", "EMA teacher + SWA + patch", "IWR + SWA + patch"),
     Claim("IWR adds to a teacher", "IWR + EMA teacher + SWA + patch", "EMA teacher + SWA + patch"),
     Claim("The mean is a better teacher than the EMA", "mean teacher + SWA + patch", "EMA teacher + SWA + patch"),
+    Claim("The mean as a teacher is better than IWR", "mean teacher + SWA + patch", "IWR + SWA + patch"),
     Claim("Every step is better than every other", "IWR + SWA + patch", "IWR, every other step + SWA + patch"),
     Claim("The mean of two runs lies above either", "mean of SWA and IWR + SWA + patch", "IWR + SWA + patch"),
     Claim("So does that with a teacher", "mean of IWR + SWA and EMA teacher + SWA + patch", "IWR + SWA + patch"),

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 from matplotlib.figure import Figure
 
 from applications.openvclip.runs.texts import markdown_table, write_text
 from applications.openvclip.zeroshot.results import BASELINE
-from benchmarks.study.analysis import Estimate, estimate, gaps, paired, verdict
+from benchmarks.study.analysis import Curve, Estimate, estimate, gaps, overlap, paired, verdict
 from benchmarks.study.findings import Findings
 from benchmarks.study.methods import CLAIMS, PATCH, ROWS, SETS, ZERO_SHOT, Row
 
@@ -24,8 +24,9 @@ BY_NAME = {row.name: row for row in ROWS}
 HOW_CLAIMS_ARE_JUDGED = """\
 How much more zero-shot accuracy one curve has than another: the mean over the closed-set accuracies that both reach,
 paired by seed; in brackets 95 % of the bootstrap over seeds, which is somewhat narrow for so few, and for two seeds
-their range. *Held* and *not held*: the bracket excludes 0. Beside it the differences at the one anchor weight, where a
-method that only slides along the curve looks like one that lifts it.
+their range. *Held* and *not held*: the bracket excludes 0. A method that does not get far is compared only as far as it
+gets. Beside it the differences at the one anchor weight, where a method that only slides along the curve looks like one
+that lifts it.
 
 No setting is tuned for a method. The EMA teacher has the decay that it was published with, for runs many times as long:
 in the 270 steps here it hardly leaves CLIP, and the mean as a teacher is the fairer comparison."""
@@ -96,10 +97,11 @@ def claims(findings: Findings, there: Sequence[Row]) -> str:
         at_equal = {m: gaps(findings.curves(better, m), findings.curves(worse, m)) for m in ("zero-shot", *SETS[-1:])}
         fixed = [paired(findings.values(better, m), findings.values(worse, m)) for m in ("closed", "zero-shot")]
         cells = (_difference(e) for e in (*at_equal.values(), *fixed))
-        lines.append([claim.text, f"**{verdict(at_equal['zero-shot'])}**", *cells])
+        where = _overlap(findings.curves(better), findings.curves(worse))
+        lines.append([claim.text, f"**{verdict(at_equal['zero-shot'])}**", where, *cells])
         if at_equal["zero-shot"]:
             widths.append(at_equal["zero-shot"].high - at_equal["zero-shot"].low)
-    head = ("claim", "", "zero-shot, equal closed", "out of context, equal closed")
+    head = ("claim", "", "compared at closed", "zero-shot, equal closed", "out of context, equal closed")
     rows = "\n".join(markdown_table((*head, f"closed at {PATCH:g}", f"zero-shot at {PATCH:g}"), lines))
     if not widths:
         return rows
@@ -111,6 +113,12 @@ def claims(findings: Findings, there: Sequence[Row]) -> str:
 
 def _mean_std(e: Estimate) -> str:
     return f"{100 * e.mean:.1f} ± {100 * e.std:.1f}"
+
+
+def _overlap(a: Mapping[int, Curve], b: Mapping[int, Curve]) -> str:
+    """From where to where curves are compared, the mean over seeds."""
+    ranges = [found for seed in a.keys() & b.keys() if (found := overlap(a[seed], b[seed]))]
+    return " to ".join(f"{100 * fmean(ends):.0f}" for ends in zip(*ranges, strict=True)) or "-"
 
 
 def _difference(e: Estimate | None) -> str:

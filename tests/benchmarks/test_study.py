@@ -20,7 +20,7 @@ from applications.openvclip.ranges import check, training_ranges
 from applications.openvclip.runs.weights import load_weights
 from benchmarks.measuring import RESULTS
 from benchmarks.study import findings, report
-from benchmarks.study.analysis import Estimate, estimate, gap, gaps, paired, useful_branch, verdict
+from benchmarks.study.analysis import Estimate, estimate, gap, gaps, overlap, paired, useful_branch, verdict
 from benchmarks.study.findings import Findings
 from benchmarks.study.methods import CLAIMS, MIXTURES, ROWS, SEEDS, SETS, SIZES, TRAININGS, Mixture, trainings_of
 from benchmarks.study.running import Job, Trained, jobs, run_all, write_few
@@ -41,6 +41,7 @@ def test_the_gap_is_the_mean_over_what_both_curves_reach() -> None:
 def test_curves_without_a_common_closed_accuracy_are_not_compared() -> None:
     assert gap([(0, 0), (1, 1), (2, 1)], [(0, 0), (3, 1), (4, 1)]) is None
     assert gap([(0, 0)], [(0, 0), (3, 1)]) is None
+    assert overlap([(0, 0), (2, 1), (4, 0)], [(0, 0), (3, 1), (9, 1)]) == (3, 4)
     assert gaps({1: [(0, 0), (2, 2), (4, 2)], 2: [(0, 0)]}, {1: [(0, 0), (2, 1), (4, 1)], 2: [(0, 0)]}) is None
 
 
@@ -138,8 +139,11 @@ def test_a_report_says_what_became_of_each_claim(tmp_path: Path) -> None:
     assert findings.read(tmp_path / "findings.json") == made_up()
     report.write(made_up(), tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert "| IWR adds to SWA | **held** | +2.0 [+2.0, +2.0] | +2.0 [+2.0, +2.0] | +0.0 [+0.0, +0.0] | +2.0" in text
-    assert "| SWA lifts the curve of fine-tuning | **within noise** | +0.0 [+0.0, +0.0]" in text
+    assert (
+        "| IWR adds to SWA | **held** | 30 to 60 | +2.0 [+2.0, +2.0] | +2.0 [+2.0, +2.0] | +0.0 [+0.0, +0.0] | +2.0"
+        in text
+    )
+    assert "| SWA lifts the curve of fine-tuning | **within noise** | 30 to 60 | +0.0 [+0.0, +0.0]" in text
     assert "l2" not in text.replace("the l2 penalty", "")  # rows of what was not trained are left out
     assert "| IWR + SWA + patch | 40.0 ± 0.0 | 42.5 ± 0.7 |" in text
     assert "| CLIP*, temporal | 20.0 ± 0.0 | 50.0 ± 0.0 |" in text
