@@ -3,7 +3,7 @@
 $ python -m benchmarks.study --quick            # two seeds, the paper's rows
 $ python -m benchmarks.study                    # five seeds, all methods
 $ python -m benchmarks.study --full             # other schedules, fewer videos, sensitivities too
-$ python -m benchmarks.study --report-only      # the page anew from what was found
+$ python -m benchmarks.study --report-only      # the page from what has ended, or from what is shipped
 
 Stopped by Ctrl-C it goes on with the same command.
 """
@@ -34,15 +34,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--report-only", action="store_true", help="run nothing")
     options = parser.parse_args(arguments)
     size: Size = options.size
-    found = options.output / "findings.json"
+    found, seeds = options.output / "findings.json", options.seeds or SEEDS[size]
+    everything = jobs(trainings_of(size), mixtures_of(size), seeds, options.runs)
     if not options.report_only:
-        seeds = options.seeds or SEEDS[size]
         for seed in seeds:
             tasks.prepare(seed)  # before several runs would make the same videos
-        everything = jobs(trainings_of(size), mixtures_of(size), seeds, options.runs)
         run_all(everything, options.parallel)
+    if ended := [job for job in everything if job.ended()]:
         options.output.mkdir(parents=True, exist_ok=True)
-        findings.write(findings.gather(everything, size), found)
+        findings.write(findings.gather(ended, size), found)
     report.write(findings.read(found), options.output)
     print(options.output / "report.md")
 

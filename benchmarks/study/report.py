@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 
@@ -84,7 +84,10 @@ def table(findings: Findings, rows: Sequence[Row]) -> str:
     untrained = [(f"{BASELINE}, per frame", BASELINE), (f"{BASELINE}, temporal", "1")]
     lines = [[name, *(findings.baseline(scorer, c) for c in COLUMNS)] for name, scorer in untrained]
     lines += [[row.name, *(findings.values(row, c) for c in COLUMNS)] for row in rows]
-    cells = [[name, *(_mean_std(estimate(list(values.values()))) for values in found)] for name, *found in lines]
+    cells = [
+        [name + _fewer(found[0], findings), *(_mean_std(estimate(list(values.values()))) for values in found)]
+        for name, *found in lines
+    ]
     return "\n".join(markdown_table(("method", *COLUMNS), cells))
 
 
@@ -98,7 +101,9 @@ def claims(findings: Findings, there: Sequence[Row]) -> str:
         fixed = [paired(findings.values(better, m), findings.values(worse, m)) for m in ("closed", "zero-shot")]
         cells = (_difference(e) for e in (*at_equal.values(), *fixed))
         where = _overlap(findings.curves(better), findings.curves(worse))
-        lines.append([claim.text, f"**{verdict(at_equal['zero-shot'])}**", where, *cells])
+        common = findings.of(better.training).keys() & findings.of(worse.training).keys()
+        text = claim.text + _fewer(common, findings)
+        lines.append([text, f"**{verdict(at_equal['zero-shot'])}**", where, *cells])
         if at_equal["zero-shot"]:
             widths.append(at_equal["zero-shot"].high - at_equal["zero-shot"].low)
     head = ("claim", "", "compared at closed", "zero-shot, equal closed", "out of context, equal closed")
@@ -109,6 +114,10 @@ def claims(findings: Findings, there: Sequence[Row]) -> str:
         f"{rows}\n\nThe median bracket is ± {100 * median(widths) / 2:.1f} points: methods that differ by less, the "
         f"miniature does not tell apart with {len(findings.seeds)} seeds."
     )
+
+
+def _fewer(seeds: Collection[int], findings: Findings) -> str:
+    return f" ({len(seeds)} seeds)" if len(seeds) < len(findings.seeds) else ""
 
 
 def _mean_std(e: Estimate) -> str:
