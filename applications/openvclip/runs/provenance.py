@@ -59,5 +59,5 @@ def commit() -> str | None:
 def command() -> str:
     """The command line of this process, as one would type it again."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["python", "-m", module.name] if module else [Path(sys.argv[0]).name]
+    program = ["python", "-m", module.name.removesuffix(".__main__")] if module else [Path(sys.argv[0]).name]
     return shlex.join([*program, *sys.argv[1:]])
