@@ -10,13 +10,13 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from applications.openvclip.commands.train import parse
-from applications.openvclip.config import to_dict
+from applications.openvclip.config import Config, from_dict, to_dict
 from applications.openvclip.data.manifest import write_manifest
 from applications.openvclip.miniature import tasks, tiny_clip
 from applications.openvclip.runs.folder import RunFolder, differences
@@ -84,7 +84,8 @@ class Trained(Job):
     def ended(self) -> bool:
         if not self.folder.results.exists():
             return False
-        changed = differences(self.folder.read_settings(), to_dict(parse(self.arguments)))
+        before, now = from_dict(self.folder.read_settings()), parse(self.arguments)
+        changed = differences(*(to_dict(_wherever(config)) for config in (before, now)))
         if changed:
             raise FileExistsError(
                 f"{self.folder.path} holds a run with other settings ({', '.join(changed)}); choose another --output."
@@ -93,6 +94,11 @@ class Trained(Job):
 
     def run(self) -> None:
         self._run("train", *self.arguments)
+
+
+def _wherever(config: Config) -> Config:
+    """The same, wherever the study is: its folder may be moved."""
+    return replace(config, output=None, data=replace(config.data, decoded=None))
 
 
 @dataclass(frozen=True)
