@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -68,10 +67,12 @@ def markdown(findings: Findings) -> str:
 
 def made_of(findings: Findings) -> str:
     p = findings.provenance
+    versions = ", ".join(f"{name} {version}" for name, version in p["versions"].items())
+    commits = ", ".join(dict.fromkeys(f"{c[:12]}{'-dirty' * c.endswith('-dirty')}" for c in p["commits of the runs"]))
     return (
         f"Top-1 in %, mean ± standard deviation over the seeds {', '.join(map(str, findings.seeds))}. Zero-shot is the "
-        f"mean of {', '.join(ZERO_SHOT)}; patched rows have an anchor weight of {PATCH:g}. Made by `{p['command']}` at "
-        f"{', '.join(p['commits of the runs'])}, with {json.dumps(p['versions'])} on {json.dumps(p['hardware'])}."
+        f"mean of {', '.join(ZERO_SHOT)}; patched rows have an anchor weight of {PATCH:g}. Runs of the commits "
+        f"{commits}, with {versions}, on {p['hardware'].get('cores')} cores, a thread for each run."
     )
 
 
