@@ -152,8 +152,14 @@ CLAIMS = (
     Claim("The mean is a better teacher than the EMA", "mean teacher + SWA + patch", "EMA teacher + SWA + patch"),
     Claim("The mean as a teacher is better than IWR", "mean teacher + SWA + patch", "IWR + SWA + patch"),
     Claim("Every step is better than every other", "IWR + SWA + patch", "IWR, every other step + SWA + patch"),
-    Claim("The mean of two runs lies above either", "mean of SWA and IWR + SWA + patch", "IWR + SWA + patch"),
-    Claim("So does that with a teacher", "mean of IWR + SWA and EMA teacher + SWA + patch", "IWR + SWA + patch"),
+    Claim(
+        "A mean of SWA and IWR + SWA lies above the latter", "mean of SWA and IWR + SWA + patch", "IWR + SWA + patch"
+    ),
+    Claim(
+        "A mean of IWR + SWA and a teacher lies above the former",
+        "mean of IWR + SWA and EMA teacher + SWA + patch",
+        "IWR + SWA + patch",
+    ),
     Claim("More of the anchor in shallow blocks lifts", "IWR + SWA, by depth + patch", "IWR + SWA + patch"),
     Claim("Two passes are better than half a batch each", "IWR + SWA + patch", "IWR, split + SWA + patch"),
     Claim("Two passes are better than one at random", "IWR + SWA + patch", "IWR, random + SWA + patch"),

@@ -113,7 +113,7 @@ def claims(findings: Findings, there: Sequence[Row]) -> str:
         return rows
     return (
         f"{rows}\n\nThe median bracket is ± {100 * median(widths) / 2:.1f} points: methods that differ by less, the "
-        f"miniature does not tell apart with {len(findings.seeds)} seeds."
+        "miniature does not tell apart with so many seeds."
     )
 
 
