@@ -37,15 +37,14 @@ def decoded(path: Path, short_side: int, folder: Path) -> DecodedVideo:
     kept = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.npz"
     try:
         with kept.open("rb") as file, np.load(file) as arrays:
-            found = (arrays["frames"], float(arrays["frames_per_second"]), str(arrays["shortfall"]))
-        return DecodedVideo(*found)
+            return DecodedVideo(arrays["frames"], float(arrays["frames_per_second"]), str(arrays["shortfall"]))
     except (FileNotFoundError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # not there yet, or damaged
         pass
     video = Video(path, short_side)
-    frames = video.chosen(lambda n, _: range(n))
+    found = DecodedVideo(video.chosen(lambda n, _: range(n)), video.frames_per_second, video.shortfall)
     folder.mkdir(parents=True, exist_ok=True)
     from interpolate.atomic import replacing  # with torch, for which what reads videos need not wait
 
     with replacing(kept) as file:
-        np.savez(file, frames=frames, frames_per_second=video.frames_per_second, shortfall=video.shortfall)
-    return DecodedVideo(frames, video.frames_per_second, video.shortfall)
+        np.savez(file, **vars(found))
+    return found

@@ -46,9 +46,8 @@ def temporal_attention(attention: nn.MultiheadAttention, x: Tensor, *, frames: i
 
 def neighbourhoods(z: Tensor, frames: int) -> tuple[Tensor, ...]:
     """For each frame, what it sees of the tokens (B, heads, frames * N, d): a slice of them."""
-    if z.requires_grad and torch.is_grad_enabled():
-        return _Neighbourhoods.apply(z, frames)
-    return tuple(z[:, :, part] for part in _parts(z, frames))
+    has_gradient = z.requires_grad and torch.is_grad_enabled()
+    return (_Neighbourhoods.apply if has_gradient else _Neighbourhoods.forward)(z, frames)
 
 
 def _parts(z: Tensor, frames: int) -> list[slice]:
