@@ -1,10 +1,10 @@
 """The embeddings of many videos, in a file to search in.
 
 $ openvclip features videos/ -o features.safetensors --run runs/…
-$ torchrun --nproc-per-node 8 -m applications.openvclip features videos/ -o features.parquet --run runs/…
+$ torchrun --nproc-per-node 8 -m -- applications.openvclip features videos/ -o features.parquet --run runs/…
 
-What was interrupted goes on when its command is given again. Exit codes: 0 done, 1 a video could not be read, 2 bad
-input.
+Without the --, torchrun takes --run for an option of its own that is cut short. What was interrupted goes on when its
+command is given again. Exit codes: 0 done, 1 a video could not be read, 2 bad input.
 """
 
 from __future__ import annotations
