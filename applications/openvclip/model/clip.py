@@ -99,7 +99,8 @@ class ImageTower(nn.Module):
 
     def _embeds(self, images: Tensor) -> Tensor:
         patches = self.conv1(images).flatten(2).mT
-        token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        # len() is a number, which torch.export takes for the only batch size there will be
+        token = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         return self.ln_pre(torch.cat([token, patches], dim=1) + self.positional_embedding.to(patches.dtype))
 
     def _pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
