@@ -46,7 +46,7 @@ def running(stubborn: bool) -> Iterator[subprocess.Popen[str]]:
 def test_the_first_signal_lets_the_step_end(name: str) -> None:
     with running(stubborn=False) as process:
         process.send_signal(signal.Signals[name])
-        assert process.communicate(timeout=30)[0] == f"{name}\n"
+        assert process.communicate(timeout=300)[0] == f"{name}\n"
         assert process.returncode == 0
 
 
@@ -59,7 +59,7 @@ def test_the_second_ends_at_once_even_in_c_code_but_not_one_press_that_comes_twi
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(1.1)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 128 + signal.SIGTERM
+        assert process.wait(300) == 128 + signal.SIGTERM
 
 
 def test_what_is_ignored_stays_so() -> None:
@@ -81,7 +81,7 @@ def test_the_former_handlers_come_back() -> None:
             os.kill(os.getpid(), signal.SIGUSR1)
             assert interruption.signal == "SIGUSR1"
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == former
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(os.listdir("/proc/self/fd")) > descriptors:
         assert time.monotonic() < deadline
         time.sleep(0.01)

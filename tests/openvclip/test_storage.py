@@ -141,7 +141,7 @@ def test_a_full_disk_costs_the_video_and_not_the_run(server: tuple[str, list[str
         "except FetchError as error: print(error)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "cache"), f"{server[0]}/Archery/c.mp4"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert "c.mp4: could not be fetched. OSError: [Errno 27] File too large" in done.stdout, done.stderr
     assert not list((tmp_path / "cache").iterdir())
 

@@ -241,7 +241,10 @@ def test_a_process_killed_at_any_moment_leaves_a_whole_checkpoint_and_no_litter(
             assert process.stdout is not None
             began = int(process.stdout.readline())
             assert began >= last
-            time.sleep(0.2 + generator.random() / 2)
+            while max(Checkpoints(folder, keep=2).steps(), default=0) <= began:
+                assert process.poll() is None
+                time.sleep(0.01)
+            time.sleep(generator.random() / 2)
             process.send_signal(signal.SIGKILL)
         state = {"w": torch.zeros(300_000), "step": 0}
         last = Checkpoints(folder, keep=2).load(state) or 0
