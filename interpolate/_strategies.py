@@ -6,7 +6,7 @@ model's own parameters. And one at any weights, without gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -33,9 +33,7 @@ def functional(
     The leaves share `.grad` with the parameters, so DDP's hooks don't see this pass, and backward adds to the
     gradients that the plain pass goes on with: no second set is allocated.
     """
-    with torch.no_grad():
-        mixed = torch._foreach_lerp(list(theta.values()), list(anchor.values()), alpha)
-    leaves = dict(zip(theta, mixed, strict=True))
+    leaves = dict(zip(theta, _lerp([*theta.values()], [anchor[name] for name in theta], alpha), strict=True))
     for name, leaf in leaves.items():
         leaf.requires_grad_().grad, theta[name].grad = theta[name].grad, None
     try:
@@ -64,8 +62,7 @@ def in_place(
         try:
             for p in others:
                 p.grad = None
-            with torch.no_grad():
-                torch._foreach_lerp_(weights, [local(anchor[name]) for name in theta], alpha)
+            _lerp_(weights, [local(anchor[name]) for name in theta], alpha)
             _forget_copies(model)
             return function(model)
         finally:
@@ -134,6 +131,27 @@ class _Bound(nn.Module):
 
     def forward(self, function: Callable[[nn.Module], T]) -> T:
         return function(self.model)
+
+
+@torch.no_grad()
+def _lerp(theta: list[nn.Parameter], anchor: list[Tensor], alpha: float) -> Sequence[Tensor]:
+    if _together(theta, anchor):
+        return torch._foreach_lerp([*theta], anchor, alpha)
+    return [torch.lerp(p, a.to(p.device), alpha) for p, a in zip(theta, anchor, strict=True)]
+
+
+@torch.no_grad()
+def _lerp_(weights: list[Tensor], anchor: list[Tensor], alpha: float) -> None:
+    if _together(weights, anchor):
+        torch._foreach_lerp_(weights, anchor, alpha)
+        return
+    for weight, a in zip(weights, anchor, strict=True):
+        weight.lerp_(a.to(weight.device), alpha)
+
+
+def _together(theta: Sequence[Tensor], anchor: Sequence[Tensor]) -> bool:
+    """Whether the anchor is where the weights are; else it passes by, a weight of it at a time."""
+    return all(a.device == p.device for p, a in zip(theta, anchor, strict=True))
 
 
 @contextmanager

@@ -60,6 +60,8 @@ class InterpolatedWeightRegularizer(AlphaSequence):
         theta_only: Patterns of what the anchor does not have, such as `"head.*"`, a new head, or the rows that were
             added to those of the anchor, `"embed.weight[32000:]"`: it is theta's in both passes. Its gradient is that
             of all else, `g(theta) + strength * g(theta_tilde)`, as if its anchor were wherever it is itself.
+        anchor_device: Where the anchor is kept, by default beside the weights. With `"cpu"` an accelerator has no copy
+            of it: in each step it passes by, a weight at a time. Not for sharded weights.
         seed: Seed of the sequence of alphas; the same on every rank.
         passes: `"both"` computes the gradient above. Two unbiased estimates of it cost a single pass and have more
             variance: `"split"` gives one half of each batch to either term, so a batch must be in random order;
@@ -91,6 +93,7 @@ class InterpolatedWeightRegularizer(AlphaSequence):
         *,
         anchor: Weights | None = None,
         theta_only: Sequence[str] = (),
+        anchor_device: torch.device | str | None = None,
         seed: int = 0,
         passes: Literal["both", "split", "random"] = "both",
         strategy: Literal["functional", "in_place"] | None = None,
@@ -117,9 +120,13 @@ class InterpolatedWeightRegularizer(AlphaSequence):
             n: self._parts.completed(n, anchor[n], theta[n]) if n in self._parts.rows else anchor[n] for n in anchor
         }
         _check_anchor(shared, anchor)
-        self.anchor: dict[str, Tensor] = {n: like(anchor[n].detach(), p).clone() for n, p in shared.items()}
-        """The weights to stay near, by name; in the dtype, on the device and in the shards of the model's."""
         sharded = any(map(is_sharded, theta.values()))
+        if sharded and anchor_device is not None:
+            raise ValueError("anchor_device is for whole weights: of sharded ones each rank keeps its own shards only.")
+        self.anchor_device = None if anchor_device is None else torch.device(anchor_device)
+        self.anchor: dict[str, Tensor] = {n: self._kept(anchor[n].detach(), p).clone() for n, p in shared.items()}
+        """The weights to stay near, by name; in the dtype, on the device and in the shards of the model's, unless there
+        is a device for them."""
         if sharded and alpha_per_rank:
             raise ValueError("alpha_per_rank=True is wrong where weights are sharded: they make one set of weights.")
         super().__init__(max_alpha, seed, shared=sharded if alpha_per_rank is None else not alpha_per_rank)
@@ -219,7 +226,10 @@ class InterpolatedWeightRegularizer(AlphaSequence):
         step, theta = self.step, self._trainable()
         anchor = self._anchor_of(theta)
         factors = self._adapters.factors  # theirs is the gradient at the scaled update
-        tilde = {n: p.view_as(p) if n in factors else torch.lerp(p, anchor[n], self.alpha) for n, p in theta.items()}
+        tilde = {
+            n: p.view_as(p) if n in factors else torch.lerp(p, anchor[n].to(p.device), self.alpha)
+            for n, p in theta.items()
+        }
         stand_ins = {id(p): tilde[name] for name, p in theta.items()}
         if not torch.is_grad_enabled():
             with self._adapters.scaled(1 - self.alpha):
@@ -284,10 +294,19 @@ class InterpolatedWeightRegularizer(AlphaSequence):
             raise RuntimeError("the model has been sharded since the regularizer was made; make it after fully_shard.")
         shared = self._parts.shared(theta)
         check_match(shared, self.anchor)
-        self.anchor = {name: like(self.anchor[name], p) for name, p in shared.items()}
+        self.anchor = {name: self._kept(self.anchor[name], p) for name, p in shared.items()}
         for name, n in self._parts.rows.items():
             self.anchor[name][n:] = theta[name].detach()[n:]
         return theta
+
+    def _kept(self, anchor: Tensor, theta: Tensor) -> Tensor:
+        """A weight of the anchor as it is kept, itself if it is so already."""
+        if self.anchor_device is None:
+            return like(anchor, theta)
+        kept = anchor.to(self.anchor_device, theta.dtype)
+        return (
+            kept.pin_memory() if kept.is_cpu and theta.is_cuda and not kept.is_pinned() else kept
+        )  # read while it runs
 
     def _anchor_of(self, theta: Mapping[str, Tensor]) -> Weights:
         """The anchor with what is only theta's, which is where theta is."""

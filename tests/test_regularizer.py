@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_modules import Phase, batch, identical, modules, moved, snapshot
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
-from interpolate import InterpolatedWeightRegularizer, WeightMismatchError
+from applications.openvclip.training.memory import Allocations
+from interpolate import InterpolatedWeightRegularizer, WeightMismatchError, _strategies
 from interpolate.weights import trainable_weights
 
 F = nn.functional
@@ -66,6 +68,49 @@ def test_complex_parameters_are_left_to_the_plain_pass_where_both_terms_are_at_t
     expected = explicit_gradients(regularizer, loss_fn)
     regularizer.backward(loss_fn)
     torch.testing.assert_close(gradients(model), expected)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_anchor_elsewhere_passes_by_a_weight_at_a_time(strategy: str, monkeypatch: pytest.MonkeyPatch):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)).double()
+    regularizer = regularizer_away_from_anchor(model, strategy=strategy, anchor_device="cpu")
+    loss_fn = mse(*batch())
+    expected, own = explicit_gradients(regularizer, loss_fn), snapshot(model)
+    monkeypatch.setattr(_strategies, "_together", lambda theta, anchor: False)  # as if the model were on an accelerator
+    regularizer.backward(loss_fn)
+    torch.testing.assert_close(gradients(model), expected)
+    assert all(torch.equal(p, own[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_anchor_stays_on_a_device_of_its_own(strategy: str):
+    anchor = trainable_weights(nn.Linear(2, 1))
+    model = nn.Linear(2, 1, device="meta")  # a device that is not that of the anchor
+    regularizer = InterpolatedWeightRegularizer(model, anchor=anchor, anchor_device="cpu", strategy=strategy)
+    x = torch.empty(3, 2, device="meta")
+    regularizer.backward(lambda model: model(x).sum())
+    regularizer.move_anchor(anchor, weight=0.5)
+    if strategy == "functional":
+        (regularizer(x).sum() + regularizer.at_anchor(x).sum()).backward()
+    restored = InterpolatedWeightRegularizer(model, anchor_device="cpu", anchor=anchor)
+    restored.load_state_dict(regularizer.state_dict())
+    for one in (regularizer, restored):
+        assert {name: a.device.type for name, a in one.anchor.items()} == {"weight": "cpu", "bias": "cpu"}
+        assert all(torch.equal(one.anchor[name], a) for name, a in anchor.items())
+    assert model.weight.grad.device.type == "meta"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_anchor_elsewhere_saves_a_copy_of_the_weights(strategy: str):
+    def peak(anchor_device: str | None) -> float:
+        with FakeTensorMode(), Allocations("cpu") as allocations:  # neither device need be there
+            model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(20)))
+            regularizer = InterpolatedWeightRegularizer(model, anchor_device=anchor_device, strategy=strategy)
+            for _ in range(2):
+                regularizer.backward(lambda model: model(torch.empty(2, 64)).sum())
+            return allocations.peak / sum(p.nbytes for p in model.parameters())
+
+    assert peak(None) - peak("cuda") == pytest.approx(1, abs=0.06)  # all but one weight of 20
 
 
 @given(modules(), st.integers(0, 100))

@@ -8,7 +8,7 @@ from applications.openvclip.training.memory import Allocations, Memory, memory_o
 
 
 def test_storages_are_counted_once_and_until_they_are_freed() -> None:
-    with Allocations() as allocations:
+    with Allocations("cpu") as allocations:
         x = torch.empty(1000, dtype=torch.uint8)
         views = [x[:500], x.view(10, 100)]
         y = torch.empty(300, dtype=torch.uint8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from applications.openvclip.model.clip import CLIP
 from applications.openvclip.model.precision import Name, Precision
 from applications.openvclip.model.video_encoder import VideoEncoder
 from interpolate import InterpolatedWeightRegularizer, SWAAverager
+
+M = TypeVar("M", bound=nn.Module)
 
 FITTED = 4, 8
 """Clips at once that the line goes through: with fewer, the peak may be at another moment of the step."""
@@ -76,9 +78,9 @@ def peak_of_step(
         activation_checkpointing: Whether blocks are computed again in the backward pass.
         replicated: Whether DDP keeps its buckets, a second copy of the gradients.
     """
-    with FakeTensorMode(), Allocations() as allocations:
+    device = clip.logit_scale.device
+    with FakeTensorMode(), Allocations(device.type) as allocations:
         whole = of_the_same_shapes(clip)
-        device = whole.logit_scale.device
         model = VideoEncoder(whole, activation_checkpointing=activation_checkpointing).train()
         regularizer, averager = InterpolatedWeightRegularizer(model), SWAAverager(model)
         for _ in range(2):
@@ -102,20 +104,21 @@ def peak_of_step(
     return allocations.peak
 
 
-def of_the_same_shapes(clip: CLIP) -> CLIP:
+def of_the_same_shapes(module: M) -> M:
     """A copy whose tensors are made anew, without values where the mode of the moment makes such."""
     tensors = {
-        id(t): torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in [*clip.parameters(), *clip.buffers()]
+        id(t): torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in [*module.parameters(), *module.buffers()]
     }
-    parameters = {id(p): nn.Parameter(tensors[id(p)], p.requires_grad) for p in clip.parameters()}
-    return copy.deepcopy(clip, tensors | parameters)
+    parameters = {id(p): nn.Parameter(tensors[id(p)], p.requires_grad) for p in module.parameters()}
+    return copy.deepcopy(module, tensors | parameters)
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, until they are freed."""
+    """Counts the bytes of all storages that operations make on a kind of device, until they are freed."""
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str) -> None:
         super().__init__()
+        self.device_type = device_type
         self.alive = 0
         self.peak = 0
         self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
@@ -123,7 +126,7 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.device.type == self.device_type:
                 self._note(tensor.untyped_storage())
         return result
 
