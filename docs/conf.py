@@ -30,6 +30,8 @@ default_role = "code"  # in docstrings, as in the pages
 html_theme = "furo"
 html_title = "interpolate"
 html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
