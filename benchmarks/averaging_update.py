@@ -1,6 +1,7 @@
 """What does one update of an average cost, in time and memory, against one copy of the weights and its alternatives?
 
 `float32 lerp` is the running mean in float32, the fastest there is; it stops moving after some ten thousand updates.
+`float64 sum, read and written` is what an exact one can't do without, on top of which it reads the weights.
 Lightning's `WeightAveraging` is torch's `AveragedModel`.
 """
 
@@ -42,6 +43,11 @@ def float32_lerp(model: nn.Module) -> Callable[[], object]:
     return lambda: torch._foreach_lerp_(means, parameters, 0.01)
 
 
+def float64_sum_read_and_written(model: nn.Module) -> Callable[[], object]:
+    sums: list[Tensor] = [p.detach().double() for p in model.parameters()]
+    return lambda: torch._foreach_neg_(sums)
+
+
 def averaged_model(model: nn.Module) -> Callable[[], object]:
     averaged = AveragedModel(model)
     return lambda: averaged.update_parameters(model)
@@ -68,6 +74,7 @@ CONTENDERS: dict[str, Callable[[nn.Module], Callable[[], object]]] = {
     "EMAAverager": lambda model: EMAAverager(model).update,
     "LAWAAverager, k=2": lambda model: LAWAAverager(model, k=2).update,
     "float32 lerp": float32_lerp,
+    "float64 sum, read and written": float64_sum_read_and_written,
     "AveragedModel": averaged_model,
     "AveragedModel, multi_avg_fn": averaged_model_multi,
     "timm's ModelEmaV3": timm_ema,

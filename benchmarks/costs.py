@@ -47,11 +47,15 @@ def costs() -> list[Cost]:
         plain = found["time_over_plain_step"]
         figure = f"half a batch to either term {quartiles(plain['split'])}; one at random {quartiles(plain['random'])}"
         rows.append(Cost(f"a regularized step of one pass, {model}", figure, "a plain step", "iwr_step"))
-    for model, copies in results("iwr_memory")["peak_above_plain_step_in_copies_of_the_parameters"].items():
-        figure = f"{copies['functional']:.1f} copies of the parameters more, the anchor being one"
+    memory = results("iwr_memory")
+    for model, copies in memory["peak_above_plain_step_in_copies_of_the_parameters"].items():
+        figure = f"{copies['functional']:.1f} copies of the parameters more, the anchor being one; with "
+        figure += "`anchor_device=\"cpu\"`, counted for an accelerator, "
+        figure += f"{memory['counted_on_a_device_by_place_of_the_anchor'][model]['elsewhere']:.1f}"
         rows.append(Cost(f"its peak of memory, {model}", figure, "a plain step", "iwr_memory"))
     update = results("averaging_update")
-    figure = f"{quartiles(update['time_over_copy']['SWAAverager'])}; `AveragedModel` "
+    figure = f"{quartiles(update['time_over_copy']['SWAAverager'])}; reading and writing its float64 sum alone takes "
+    figure += f"{quartiles(update['time_over_copy']['float64 sum, read and written'])}; `AveragedModel` "
     figure += (
         f"{quartiles(update['time_over_copy']['AveragedModel'])}, its `multi_avg_fn` in float32, which stands still "
     )
@@ -86,9 +90,9 @@ def costs() -> list[Cost]:
             )
         )
     files = results("file_patching")
-    mixed, memory = files["time_over_load_mix_save"], files["anonymous_memory_mb"]
+    mixed, held = files["time_over_load_mix_save"], files["anonymous_memory_mb"]
     figure = f"{quartiles(mixed['patch_files'])}, where reading and writing alone take {quartiles(mixed['floor'])}; "
-    figure += f"{memory['patch_files']:.0f} MB of memory and not {memory['load, mix, save']:.0f}"
+    figure += f"{held['patch_files']:.0f} MB of memory and not {held['load, mix, save']:.0f}"
     rows.append(Cost(f"patching two files of {files['file_mb']} MB", figure, "load both, mix, save", "file_patching"))
     attention = results("temporal_attention")
     figure = f"{quartiles(attention['time_over_plain']['temporal, mask'])}; the published procedure "
@@ -97,6 +101,11 @@ def costs() -> list[Cost]:
     rows.append(
         Cost("attention over three frames, a layer of ViT-B/16", figure, "plain attention", "temporal_attention")
     )
+    tower = attention["time_over_the_plain_tower"]
+    figure = f"{quartiles(tower['temporal, mask'])}; frame by frame {quartiles(tower['frame by frame'])}; "
+    figure += f"the multiplications alone {attention['floor_of_the_tower']:.2f}"
+    what, against = "the whole image tower of ViT-B/16, a clip of 8 frames", "open_clip's own, on the frames"
+    rows.append(Cost(what, figure, against, "temporal_attention"))
     one_pass = results("one_pass_evaluation")
     together, apart = one_pass["one pass"], one_pass["one by one"]
     figure = f"{together['videos decoded']} videos decoded and not {apart['videos decoded']}; "

@@ -143,6 +143,7 @@ def test_the_same_seed_gives_the_same_bits(run: Path, small_world: dict[str, Pat
     assert_same_weights(run, tmp_path / "second")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_it_had_never_stopped(
     run: Path, small_world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

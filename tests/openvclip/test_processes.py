@@ -42,7 +42,8 @@ def all_trained(plans: list[Plan]) -> list[dict]:
     return [trained(plan) for plan in plans]
 
 
-@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 3, 4])
 def test_any_number_of_processes_takes_the_steps_of_one(n: int, tmp_path: Path) -> None:
     plans = [plan for plan in PLANS if plan.parallel == "ddp" or plan.batch_size // plan.micro_batch % n == 0]
     assert len(plans) >= 3
