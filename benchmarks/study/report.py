@@ -24,8 +24,8 @@ HOW_CLAIMS_ARE_JUDGED = """\
 How much more zero-shot accuracy one curve has than another: the mean over the closed-set accuracies that both reach,
 paired by seed; in brackets 95 % of the bootstrap over seeds, which is somewhat narrow for so few, and for two seeds
 their range. *Held* and *not held*: the bracket excludes 0. A method that does not get far is compared only as far as it
-gets. Beside it the differences at the one anchor weight, where a method that only slides along the curve looks like one
-that lifts it.
+gets, and not at all where with some seed it ends before the other begins. Beside it the differences at the one anchor
+weight, where a method that only slides along the curve looks like one that lifts it.
 
 No setting is tuned for a method. The EMA teacher has the decay that it was published with, for runs many times as long:
 in the 270 steps here it hardly leaves CLIP, and the mean as a teacher is the fairer comparison."""
@@ -127,8 +127,10 @@ def _mean_std(e: Estimate) -> str:
 
 def _overlap(a: Mapping[int, Curve], b: Mapping[int, Curve]) -> str:
     """From where to where curves are compared, the mean over seeds."""
-    ranges = [found for seed in a.keys() & b.keys() if (found := overlap(a[seed], b[seed]))]
-    return " to ".join(f"{100 * fmean(ends):.0f}" for ends in zip(*ranges, strict=True)) or "-"
+    seeds = a.keys() & b.keys()
+    ranges = [found for seed in seeds if (found := overlap(a[seed], b[seed]))]
+    text = " to ".join(f"{100 * fmean(ends):.0f}" for ends in zip(*ranges, strict=True)) or "-"
+    return text if len(ranges) in (0, len(seeds)) else f"{text}, {len(ranges)} of {len(seeds)} seeds"
 
 
 def _difference(e: Estimate | None) -> str:
