@@ -1,7 +1,8 @@
 """What does one update of an average cost, in time and memory, against one copy of the weights and its alternatives?
 
 `float32 lerp` is the running mean in float32, the fastest there is; it stops moving after some ten thousand updates.
-`float64 sum, read and written` is what an exact one can't do without, on top of which it reads the weights.
+`float64 sum, read and written` is what an exact one can't do without, on top of which it reads and casts the weights.
+`float64 sum, torch's loop over two dtypes` is the single operation that would do.
 Lightning's `WeightAveraging` is torch's `AveragedModel`.
 """
 
@@ -48,6 +49,12 @@ def float64_sum_read_and_written(model: nn.Module) -> Callable[[], object]:
     return lambda: torch._foreach_neg_(sums)
 
 
+def mixed_dtypes(model: nn.Module) -> Callable[[], object]:
+    parameters: list[Tensor] = [p.detach() for p in model.parameters()]
+    sums = [p.double() for p in parameters]
+    return lambda: torch._foreach_add_(sums, parameters)
+
+
 def averaged_model(model: nn.Module) -> Callable[[], object]:
     averaged = AveragedModel(model)
     return lambda: averaged.update_parameters(model)
@@ -75,6 +82,7 @@ CONTENDERS: dict[str, Callable[[nn.Module], Callable[[], object]]] = {
     "LAWAAverager, k=2": lambda model: LAWAAverager(model, k=2).update,
     "float32 lerp": float32_lerp,
     "float64 sum, read and written": float64_sum_read_and_written,
+    "float64 sum, torch's loop over two dtypes": mixed_dtypes,
     "AveragedModel": averaged_model,
     "AveragedModel, multi_avg_fn": averaged_model_multi,
     "timm's ModelEmaV3": timm_ema,

@@ -50,7 +50,7 @@ def costs() -> list[Cost]:
     memory = results("iwr_memory")
     for model, copies in memory["peak_above_plain_step_in_copies_of_the_parameters"].items():
         figure = f"{copies['functional']:.1f} copies of the parameters more, the anchor being one; with "
-        figure += "`anchor_device=\"cpu\"`, counted for an accelerator, "
+        figure += '`anchor_device="cpu"`, counted for an accelerator, '
         figure += f"{memory['counted_on_a_device_by_place_of_the_anchor'][model]['elsewhere']:.1f}"
         rows.append(Cost(f"its peak of memory, {model}", figure, "a plain step", "iwr_memory"))
     update = results("averaging_update")
@@ -93,6 +93,8 @@ def costs() -> list[Cost]:
     mixed, held = files["time_over_load_mix_save"], files["anonymous_memory_mb"]
     figure = f"{quartiles(mixed['patch_files'])}, where reading and writing alone take {quartiles(mixed['floor'])}; "
     figure += f"{held['patch_files']:.0f} MB of memory and not {held['load, mix, save']:.0f}"
+    for name, number in files["others"].items():
+        figure += f"; {name} {number} {quartiles(mixed[name])}, {held[name]:.0f} MB"
     rows.append(Cost(f"patching two files of {files['file_mb']} MB", figure, "load both, mix, save", "file_patching"))
     attention = results("temporal_attention")
     figure = f"{quartiles(attention['time_over_plain']['temporal, mask'])}; the published procedure "
@@ -149,6 +151,23 @@ def conditions(rows: list[Cost]) -> str:
     return "\n".join(markdown_table(header, lines)) + "\n"
 
 
+def limits() -> str:
+    """What the figures are bound by, where that is known."""
+    update = results("averaging_update")["time_over_copy"]
+    total, mixed = (update[f"float64 sum, {way}"] for way in ("read and written", "torch's loop over two dtypes"))
+    attention = results("temporal_attention")
+    layer, tower = attention["floor"], attention["floor_of_the_tower"]
+    return f"""- **Averages.** An exact sum of many float32 weights needs float64. Reading and writing the sum alone is
+  {quartiles(total)} copies; the rest is casting the weights, a piece at a time. Of torch's kernels for a CPU none
+  does both as fast: the loop over two dtypes takes {quartiles(mixed)} copies. A GPU does it in one.
+- **Attention.** A query sees 2.75 times the keys on average, whose multiplications cost {layer:.2f} in a layer and
+  {tower:.2f} in the tower; beyond them there are the scores, 2.75 times as many, and gradients of keys that three
+  frames share.
+- **A regularized step.** Two passes are the floor; beyond them it reads two sets of weights and writes the mixture.
+- **Patching files.** The disk: reading and writing alone take most of it.
+"""
+
+
 def page() -> str:
     """docs/performance.md."""
     rows = costs()
@@ -158,6 +177,9 @@ Ratios are of runs side by side in one process, medians and quartiles over round
 `benchmarks/results`, and this page is written by `python benchmarks/quoted.py`.
 
 {table(rows)}
+## What bounds them
+
+{limits()}
 ## How it was measured
 
 {conditions(rows)}"""

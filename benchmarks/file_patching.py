@@ -3,7 +3,8 @@
 Every run is a fresh process, timed after its imports, with the files in the page cache. Memory is the largest amount of
 anonymous memory of a fresh process above that after the imports. The floor reads both files and writes one of the same
 size, with the same flush to the disk. `patch_files` hashes its inputs for the recipe, on other threads; it is shown
-without that as well.
+without that as well. Where mergekit is installed (`pip install mergekit`, 0.1.5 or later), its linear merge of plain
+PyTorch files is a contender.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import os
 import tempfile
 import threading
 import time
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from measuring import alone, ratios, save
@@ -67,17 +71,42 @@ def floor(folder: str) -> None:
         os.fsync(out.fileno())
 
 
+def mergekit(folder: str) -> None:
+    from mergekit.scripts.merge_raw_pytorch import main
+
+    main([f"{folder}/mergekit.yml", f"{folder}/d"], standalone_mode=False)
+    with open(f"{folder}/d/model.safetensors", "rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_config(folder: str) -> None:
+    models = "".join(
+        f"  - {{model: {folder}/{name}.safetensors, parameters: {{weight: 0.5}}}}\n" for name in ("anchor", "theta")
+    )
+    Path(folder, "mergekit.yml").write_text(f"merge_method: linear\nmodels:\n{models}")
+
+
 CONTENDERS = {
     "floor": floor,
     "patch_files": streamed,
     "without hashes": streamed_without_hashes,
     "load, mix, save": in_memory,
 }
+OTHERS = {}
+if find_spec("mergekit"):
+    CONTENDERS["mergekit"], OTHERS["mergekit"] = mergekit, version("mergekit")
+
+
+def loaded(name: str) -> None:
+    """Import what a contender needs, which is not counted."""
+    if name == "mergekit":
+        import mergekit.scripts.merge_raw_pytorch  # noqa: F401
+    else:
+        import interpolate  # noqa: F401
 
 
 def seconds_here(folder: str, name: str) -> float:
-    import interpolate  # noqa: F401 # not counted
-
+    loaded(name)
     torch.set_num_threads(1)
     start = time.perf_counter()
     CONTENDERS[name](folder)
@@ -85,8 +114,7 @@ def seconds_here(folder: str, name: str) -> float:
 
 
 def memory_here(folder: str, name: str) -> float:
-    import interpolate  # noqa: F401 # part of the baseline
-
+    loaded(name)
     torch.set_num_threads(1)
     torch.lerp(torch.zeros(1), torch.ones(1), 0.5)
     before, peak, done = anonymous(), 0.0, threading.Event()
@@ -114,12 +142,14 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(folder)
+        write_config(folder)
         seconds = {name: [] for name in CONTENDERS}
         for _ in range(RUNS):
             for name, values in seconds.items():
                 values.append(alone("file_patching", "seconds_here", folder, name))
         results = {
             "runs": RUNS,
+            "others": OTHERS,
             "file_mb": round(os.path.getsize(f"{folder}/theta.safetensors") / 1e6),
             "time_over_load_mix_save": ratios(seconds, "load, mix, save"),
             "time_over_floor": ratios(seconds, "floor"),
