@@ -186,6 +186,11 @@ def distributed_safetensors(path: str) -> DistributedShard | None:
             parts.setdefault(tensor, []).append(_Part(shard.path, offsets, entry.shape, shard.starts[tensor]))
             if dtypes.setdefault(tensor, entry.dtype) is not entry.dtype:
                 raise CheckpointError(f"{path}: the parts of {tensor} are of several dtypes.")
+    if states := [tensor for tensor in parts if re.search(r"(^|[./])optim(izer)?s?[./]", tensor)]:
+        raise CheckpointError(
+            f"{path} is the state of a whole training: {len(states)} of its {len(parts)} tensors are an optimizer's, "
+            f"such as {states[0]}. Give weights alone: snapshots, or what the training left at its end."
+        )
     entries = {tensor: Entry(dtypes[tensor], _shape(boxes), name) for tensor, boxes in parts.items()}
     return DistributedShard(path, "", entries, parts)
 

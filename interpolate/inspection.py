@@ -78,7 +78,7 @@ def verify(path: Path) -> list[str]:
         made = stack.enter_context(Checkpoint(path))
         recipe = recipe_of(made)
         if recipe is None:
-            return [f"{made.path} holds no recipe; it was not written by this library, or to a format without one."]
+            return [f"{made.path} holds no recipe: it is no mixture of files, or of a form that has no room for one."]
         if recipe["operation"] == "snapshot":
             return [f"{made.path} was written in training, at step {recipe['step']}; there is nothing to make it of."]
         folder = folder_of(os.path.realpath(made.path))

@@ -99,6 +99,7 @@ def test_a_stopped_run_is_evaluated_and_finished_where_it_is(
     assert "has not ended: evaluated is what it had at its last checkpoint, step 8." in capsys.readouterr().out
     assert accuracies(stopped) == accuracies(ended)
     train.main(["--resume", str(stopped), "--finish"])
+    assert "the run ends at step 8 of 12, with a mean of " in capsys.readouterr().out
     assert_same(ended, stopped)
     assert accuracies(stopped) == accuracies(ended)
     train.main(["--resume", str(stopped)])  # and it can still go on

@@ -23,7 +23,7 @@ from applications.openvclip.model.prompts import OBJECT_TEMPLATES
 from applications.openvclip.zeroshot.confidence import calibration_error
 from applications.openvclip.zeroshot.logits import LogitFiles
 from applications.openvclip.zeroshot.results import read_results
-from interpolate import WeightMismatchError, load_weights, patch
+from interpolate import WeightMismatchError, load_weights, patch, patch_files
 from tests.openvclip.files import write_manifest, write_theta
 
 SAMPLING = {"frames": 4, "stride": 2, "target_fps": 8, "views": 3, "crops": 3}
@@ -228,6 +228,21 @@ def test_a_run_is_loaded_with_its_own_settings(run: Path, tmp_path: Path, video:
     (tmp_path / "config.json").write_text((run / "config.json").read_text())
     with pytest.raises(FileNotFoundError, match="nothing is learnt"):
         Classifier.load(tmp_path)
+
+
+def test_weights_that_are_patched_are_not_patched_again(run: Path, tmp_path: Path) -> None:
+    as_in_run = Classifier.load(run).encoder.state_dict()
+    anchor = tmp_path / "anchor.safetensors"
+    save_file(tiny_clip.load().state_dict(), anchor)
+    patch_files(anchor, run / "averaged.safetensors", tmp_path / "patched.safetensors", anchor_weight=0.3)
+    for patched in (run / "patched.safetensors", tmp_path / "patched.safetensors"):
+        classifier = Classifier.load(patched, model="miniature")
+        assert classifier.anchor_weight == 0
+        for name, weight in classifier.encoder.state_dict().items():
+            torch.testing.assert_close(weight, as_in_run[name])
+        with pytest.warns(UserWarning, match=r"patched\.safetensors is patched: an anchor is in it"):
+            Classifier.load(patched, model="miniature", anchor_weight=0.3)
+    assert Classifier.load(run / "averaged.safetensors", model="miniature").anchor_weight == 0.5
 
 
 def test_what_is_no_model_is_named(theta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

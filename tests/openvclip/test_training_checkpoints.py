@@ -17,7 +17,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from applications.openvclip.training.checkpoints import Checkpoints
-from interpolate import CheckpointError
+from interpolate import CheckpointError, average_files
 
 
 def a_state(value: float) -> dict[str, Any]:
@@ -215,6 +215,18 @@ def test_an_optimizer_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None
     train(rest, optimizer, range(5, 10))
     for a, b in zip(whole.parameters(), rest.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_state_of_a_training_is_not_taken_for_weights(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(1, dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)))
+    checkpoints.wait()
+    with pytest.raises(CheckpointError, match=r"state of a whole training: \d+ of its \d+ tensors are an optimizer's"):
+        average_files([tmp_path / "checkpoints" / "step-00000001"], tmp_path / "mean.safetensors")
 
 
 _ENDLESS = """

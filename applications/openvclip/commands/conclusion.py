@@ -59,6 +59,10 @@ def conclude(run: Run) -> None:
             if n := sum(kind == fault for kind, _ in run.trainer.reported):
                 Console().print(f"{n} videos {what}: see {folder.journal}", soft_wrap=True)
 
+        if step.taken < (last_step := step.learning_rate.total_steps):
+            told = f"the run ends at step {step.taken} of {last_step}, with a mean of {n_averaged} snapshots"
+            Console().print(told if n_averaged else f"{told}: the weights of that step stand for it", soft_wrap=True)
+
     distributed.on_first(write)
     report(folder, run.evaluation(run.anchor, averaged, folder.logits, last=last), to_dict(run.config))
     if distributed.rank() == 0:

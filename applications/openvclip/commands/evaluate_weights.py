@@ -47,6 +47,8 @@ def evaluate_weights(options: OfWeights) -> None:
     config = Config("evaluation", model=options.model, data=data, evaluation=options.evaluation)
     check(evaluation_ranges(config))
     loaded = loading.of_file(options.weights, config.model) if options.weights else loading.of_model(config.model)
+    if loaded.patched and any(config.evaluation.anchor_weights):
+        Console().print(loading.twice(str(options.weights)), soft_wrap=True)
     if loaded.model != config.model:
         told = f"{options.weights} is a checkpoint of the published code: evaluated with edge={loaded.model.edge}."
         Console().print(told, soft_wrap=True)

@@ -36,7 +36,8 @@ class ModelOptions:
     model: ModelConfig = field(default_factory=ModelConfig)
     """The pretrained weights."""
     anchor_weight: float | None = None
-    """Weight of the pretrained weights in the model, from 0 (fine-tuned) to 1; by default the run's, or 0.5."""
+    """Weight of the pretrained weights in the model, from 0 (fine-tuned) to 1; by default the run's; for a
+    file 0.5, or 0 if it is patched already."""
     templates: tuple[str, ...] = ()
     """Sentences that labels are put into, each with a {}; or actions, or objects. By default those of the run."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +25,7 @@ from applications.openvclip.data.views import EvaluationViews
 from applications.openvclip.inference import hub
 from applications.openvclip.inference.calibration import NONE_OF_THESE, Calibration
 from applications.openvclip.inference.labels import Labels, LabelSet, label_set
-from applications.openvclip.inference.loading import Loaded, downloaded, load
+from applications.openvclip.inference.loading import Loaded, downloaded, load, twice
 from applications.openvclip.model.classifier import class_embeddings
 from applications.openvclip.model.temporal_attention import Edge
 from applications.openvclip.model.video_encoder import VideoEncoder
@@ -83,7 +84,8 @@ class Classifier(ModelHubMixin):
         Args:
             source: Folder of a run; a file of fine-tuned weights, or its URL, with `model` and `pretrained` for the
                 anchor; a model of the Hugging Face hub, as OWNER/NAME; or None, for the pretrained weights alone.
-            anchor_weight: Weight of the anchor, in [0, 1]; by default the run's, and 0.5 for a file.
+            anchor_weight: Weight of the anchor, in [0, 1]; by default the run's, and for a file 0.5, or 0 if it is
+                patched already.
             model: The anchor's architecture: "miniature", or a name of open_clip. A run has its own.
             pretrained: Its weights: a tag of open_clip or a file.
             edge: What the first and last frame see (`VideoEncoder`); that of published checkpoints is found out.
@@ -96,6 +98,8 @@ class Classifier(ModelHubMixin):
         if model is None and source is None:
             raise ValueError("a classifier needs a source or a model: Classifier.load(model='miniature') is the least.")
         loaded = load(source, ModelConfig(model or "", pretrained, edge))
+        if loaded.patched and anchor_weight:
+            warnings.warn(twice(str(source)), stacklevel=2)
         used = replace(
             loaded,
             anchor_weight=loaded.anchor_weight if anchor_weight is None else anchor_weight,

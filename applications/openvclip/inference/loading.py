@@ -35,7 +35,7 @@ class Loaded:
     model: ModelConfig
     anchor: dict[str, Tensor]
     theta: dict[str, Tensor] | None
-    """The fine-tuned weights, not patched; None where there are none."""
+    """The fine-tuned weights; None where there are none."""
     anchor_weight: float
     sampling: Sampling
     templates: tuple[str, ...]
@@ -45,6 +45,8 @@ class Loaded:
     """Of the run, where it is one."""
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
     """By anchor weight; made with this sampling and these templates."""
+    patched: bool = False
+    """Whether the anchor is in `theta` already, so that its weight counts from there."""
     last: dict[str, Tensor] | None = None
     """What training ended with, of a run; `theta` is its average."""
 
@@ -181,7 +183,13 @@ def of_file(weights: str, model: ModelConfig) -> Loaded:
     theta = {name: w for name, w in found.weights.items() if name.startswith("visual.") or name == "logit_scale"}
     if found.form == "Open-VCLIP":
         model = replace(model, edge="zero")
-    return replace(loaded, model=model, theta=theta, anchor_weight=0.5)
+    at = 0.0 if found.patched else 0.5
+    return replace(loaded, model=model, theta=theta, anchor_weight=at, patched=found.patched)
+
+
+def twice(weights: str) -> str:
+    """What to say where an anchor is mixed into weights that hold it already."""
+    return f"{weights} is patched: an anchor is in it, and this one is mixed in once more; weight 0 is it as it is."
 
 
 def other_text(weights: Mapping[str, Tensor], clip: CLIP) -> list[str]:

@@ -52,7 +52,10 @@ class WordTokenizer:
             return self._ids[word]
         near = difflib.get_close_matches(word, self.words)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {len(self.words)} words only."
-        raise ValueError(f"the word {word!r} in {text!r} is not in the vocabulary of the miniature world; {hint}")
+        raise ValueError(
+            f"the word {word!r} in {text!r} is not in the vocabulary of the miniature world; {hint} Words of the real "
+            "world need a model of it, such as --model.name ViT-B-16 --model.pretrained openai."
+        )
 
 
 def build() -> PlainCLIP:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -98,6 +99,8 @@ class Pretrained(NamedTuple):
     `model.`; its encoder needs `edge="zero"`."""
     quick_gelu: bool | None
     """Whether they were trained with QuickGELU; None where nothing tells."""
+    patched: bool
+    """Whether the file says that an anchor is mixed into them, as a run's and `interpolate patch` do."""
 
 
 def check_activation(clip: torch.nn.Module, path: str, found: Pretrained) -> None:
@@ -142,7 +145,12 @@ def read_file(path: str | Path) -> Pretrained:
         quick_gelu = _asks_for_quickgelu(checkpoint.path)
     mask = re.compile(r"(^|\.)attn_mask$")  # no weight, whether it lies at the top or in each layer
     weights = {k: value.float() for k, value in weights.items() if k not in _OPENAI and not mask.search(k)}
-    return Pretrained(weights, form, quick_gelu)
+    return Pretrained(weights, form, quick_gelu, _is_patched(checkpoint.metadata))
+
+
+def _is_patched(metadata: Mapping[str, str]) -> bool:
+    recipe = metadata.get("interpolate", "")
+    return '"operation": "patch"' in recipe or metadata.get("content", "").startswith("patched")
 
 
 def _asks_for_quickgelu(path: str) -> bool | None:
