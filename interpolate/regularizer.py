@@ -301,12 +301,7 @@ class InterpolatedWeightRegularizer(AlphaSequence):
 
     def _kept(self, anchor: Tensor, theta: Tensor) -> Tensor:
         """A weight of the anchor as it is kept, itself if it is so already."""
-        if self.anchor_device is None:
-            return like(anchor, theta)
-        kept = anchor.to(self.anchor_device, theta.dtype)
-        return (
-            kept.pin_memory() if kept.is_cpu and theta.is_cuda and not kept.is_pinned() else kept
-        )  # read while it runs
+        return like(anchor, theta) if self.anchor_device is None else anchor.to(self.anchor_device, theta.dtype)
 
     def _anchor_of(self, theta: Mapping[str, Tensor]) -> Weights:
         """The anchor with what is only theta's, which is where theta is."""
