@@ -18,8 +18,7 @@ test-all: test  ## Run every test: other libraries' models and trainers, kills, 
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow $(ARGS)
 
 test-oldest: ## The quick tests with the oldest Python and torch that are supported, in .venv-oldest
-	test -x .venv-oldest/bin/python || $(OLDEST) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install -q --upgrade pip  # that of an old Python looks for versions for an hour
+	test -x .venv-oldest/bin/python || $(OLDEST) -m venv --upgrade-deps .venv-oldest  # an old pip looks for versions for an hour
 	.venv-oldest/bin/python -m pip install -q -e '.[openvclip,dev]' 'torch==2.6.*' 'torchvision==0.21.*'
 	.venv-oldest/bin/python -m pytest -n auto --dist loadfile -m 'not slow' $(ARGS)
 
