@@ -23,20 +23,13 @@ from interpolate import InterpolatedWeightRegularizer
 F = nn.functional
 
 
-def peak_here(model_name: str, kind: str) -> float:
-    """Peak memory of steps in this process, in copies of the parameters, above the model's own."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model, x, y = MODELS[model_name]()
+def take_steps(model: nn.Module, x: Tensor, y: Tensor, regularizer: InterpolatedWeightRegularizer | None) -> None:
+    """Three steps, plain ones where there is no regularizer."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
 
     def loss_fn(model: nn.Module) -> Tensor:
         return F.mse_loss(model(x), y)
 
-    size = sum(p.nbytes for p in model.parameters())
-    gc.collect()
-    before = kilobytes("VmRSS")
-    regularizer = None if kind == "plain step" else InterpolatedWeightRegularizer(model, strategy=kind)
     for _ in range(3):
         if regularizer is None:
             loss_fn(model).backward()
@@ -44,6 +37,18 @@ def peak_here(model_name: str, kind: str) -> float:
             regularizer.backward(loss_fn)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def peak_here(model_name: str, kind: str) -> float:
+    """Peak memory of steps in this process, in copies of the parameters, above the model's own."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, x, y = MODELS[model_name]()
+    size = sum(p.nbytes for p in model.parameters())
+    gc.collect()
+    before = kilobytes("VmRSS")
+    regularizer = None if kind == "plain step" else InterpolatedWeightRegularizer(model, strategy=kind)
+    take_steps(model, x, y, regularizer)
     return (kilobytes("VmHWM") - before) * 1024 / size
 
 
@@ -56,22 +61,9 @@ def counted(model_name: str, anchor: str | None) -> float:
     with FakeTensorMode(), Allocations("cpu") as allocations:
         model = of_the_same_shapes(real)
         x, y = (torch.empty(t.shape) for t in batch)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
-
-        def loss_fn(model: nn.Module) -> Tensor:
-            return F.mse_loss(model(x), y)
-
-        regularizer = None
-        if anchor is not None:
-            elsewhere = "cuda" if anchor == "elsewhere" else None
-            regularizer = InterpolatedWeightRegularizer(model, anchor_device=elsewhere)
-        for _ in range(2):
-            if regularizer is None:
-                loss_fn(model).backward()
-            else:
-                regularizer.backward(loss_fn)
-            optimizer.step()
-            optimizer.zero_grad()
+        device = "cuda" if anchor == "elsewhere" else None
+        regularizer = InterpolatedWeightRegularizer(model, anchor_device=device) if anchor else None
+        take_steps(model, x, y, regularizer)
         return allocations.peak / sum(p.nbytes for p in model.parameters())
 
 
