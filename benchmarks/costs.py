@@ -54,8 +54,7 @@ def costs() -> list[Cost]:
         figure += f"{memory['counted_on_a_device_by_place_of_the_anchor'][model]['elsewhere']:.1f}"
         rows.append(Cost(f"its peak of memory, {model}", figure, "a plain step", "iwr_memory"))
     update = results("averaging_update")
-    figure = f"{quartiles(update['time_over_copy']['SWAAverager'])}; reading and writing its float64 sum alone takes "
-    figure += f"{quartiles(update['time_over_copy']['float64 sum, read and written'])}; `AveragedModel` "
+    figure = f"{quartiles(update['time_over_copy']['SWAAverager'])}; `AveragedModel` "
     figure += (
         f"{quartiles(update['time_over_copy']['AveragedModel'])}, its `multi_avg_fn` in float32, which stands still "
     )
