@@ -5,6 +5,7 @@ import sys
 import pytest
 
 import interpolate
+from tests.mutants import MUTANTS, ROOT
 
 HEAVY = "torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.export"
 
@@ -30,3 +31,8 @@ def test_every_public_name_has_an_example(name: str):
 def test_public_names_are_sorted_and_exist():
     assert interpolate.__all__ == sorted(interpolate.__all__)
     assert all(hasattr(interpolate, name) for name in interpolate.__all__)
+
+
+def test_every_mutant_breaks_a_line_that_is_there():
+    source = {file: (ROOT / "interpolate" / file).read_text(encoding="utf-8") for file in {m[0] for m in MUTANTS}}
+    assert not [(file, line) for file, line, *_ in MUTANTS if line not in source[file]]
