@@ -19,7 +19,7 @@ test-all: test  ## Run every test: other libraries' models and trainers, kills, 
 
 test-oldest: ## The quick tests with the oldest Python and torch that are supported, in .venv-oldest
 	test -x .venv-oldest/bin/python || $(OLDEST) -m venv --upgrade-deps .venv-oldest  # an old pip looks for versions for an hour
-	.venv-oldest/bin/python -m pip install -q -e '.[openvclip,dev]' 'torch==2.6.*' 'torchvision==0.21.*'
+	.venv-oldest/bin/python -m pip install -q -e '.[openvclip,dev]' 'torch==2.9.*' 'torchvision==0.24.*'
 	.venv-oldest/bin/python -m pytest -n auto --dist loadfile -m 'not slow' $(ARGS)
 
 docs: .venv/installed  ## Build the pages as a site, in docs/_build/html; notebooks are run, warnings are errors
