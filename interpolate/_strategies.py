@@ -55,10 +55,10 @@ def in_place(
     model: nn.Module, theta: Parameters, anchor: Weights, alpha: float, function: Callable[[nn.Module], T]
 ) -> T:
     """In the live parameters, shard by shard: they hold the interpolated weights until the function has returned."""
-    weights = [local(p) for p in theta.values()]
     others = [p for p in model.parameters() if p.requires_grad and not p.is_floating_point()]
     gradients = [p.grad for p in others]
-    with isolated(inner(model), {id(p): p for p in theta.values()}), _restored(weights):
+    own = {id(p): p for p in theta.values()}
+    with isolated(inner(model), own), _restored(lambda: [local(p) for p in theta.values()]) as weights:
         try:
             for p in others:
                 p.grad = None
@@ -102,8 +102,9 @@ def without_gradient(model: nn.Module, weights: Weights, buffers: Weights, funct
                 return call_at(inner(model), stand_ins | leaves, function)
             finally:
                 torch.clear_autocast_cache()
-        shards = [local(p).data for p in theta.values()]  # without the counter by which autograd sees changes
-        with isolated(inner(model), stand_ins | {id(p): p for p in theta.values()}), _restored(shards):
+        stand_ins |= {id(p): p for p in theta.values()}
+        # .data is without the counter by which autograd sees changes
+        with isolated(inner(model), stand_ins), _restored(lambda: [local(p).data for p in theta.values()]) as shards:
             try:
                 torch._foreach_copy_(shards, [local(value) for value in values.values()])
                 _forget_copies(model)
@@ -155,13 +156,16 @@ def _together(theta: Sequence[Tensor], anchor: Sequence[Tensor]) -> bool:
 
 
 @contextmanager
-def _restored(tensors: list[Tensor]) -> Iterator[None]:
+def _restored(shards: Callable[[], list[Tensor]]) -> Iterator[list[Tensor]]:
+    """Tensors that come out as they went in. They are asked for again at the end: in the first pass of all, FSDP2 moves
+    shards that it has to pad or to pin to memory of its own."""
+    tensors = shards()
     backup = [tensor.clone() for tensor in tensors]
     try:
-        yield
+        yield tensors
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(tensors, backup)
+            torch._foreach_copy_(shards(), backup)
 
 
 def _forget_copies(model: nn.Module) -> None:

@@ -145,6 +145,26 @@ def shards_are_restored_after_an_exception(rank: int) -> None:
     torch.testing.assert_close(full(trainable_weights(model)), before, rtol=0, atol=0)
 
 
+def shards_that_move_during_a_pass_are_restored_where_they_are(rank: int) -> None:
+    model = sharded(network())
+    model(batch_of(rank)[0])
+    reshard(model)
+    before = copy.deepcopy(full(model.state_dict()))
+
+    def moving(_: nn.Module) -> None:  # as FSDP2 does in its first pass, where it pads shards or pins them
+        for p in model.parameters():
+            p._local_tensor = p._local_tensor.clone()
+
+    regularizer = InterpolatedWeightRegularizer(model, anchor=anchor())
+    regularizer.run_interpolated(moving)
+    torch.testing.assert_close(full(trainable_weights(model)), before, rtol=0, atol=0)
+    regularizer.run_at_anchor(moving)
+    torch.testing.assert_close(full(trainable_weights(model)), before, rtol=0, atol=0)
+    with applied(model, anchor()):
+        moving(model)
+    torch.testing.assert_close(full(trainable_weights(model)), before, rtol=0, atol=0)
+
+
 def one_pass_estimators_run_on_shards(rank: int) -> None:
     for passes in ("split", "random"):
         model = sharded(network())
