@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from applications.openvclip import build, distributed, evaluate, train
+from applications.openvclip.commands import predict
 from applications.openvclip.config import from_dict
 from applications.openvclip.data.decode import Video, VideoReadError
 from applications.openvclip.data.layouts import read_dataset
@@ -218,6 +219,24 @@ def test_weights_of_another_architecture_are_refused(run: Path, tmp_path: Path) 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is no folder of a run"):
         evaluate.main([str(tmp_path)])
+
+
+def test_a_folder_of_runs_is_told_which_there_are(run: Path, tmp_path: Path) -> None:
+    for i, name in enumerate(("older", "newer")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text((run / "config.json").read_text())
+        os.utime(tmp_path / name / "config.json", (i, i))
+    told = f"it holds runs, give one of them: {tmp_path / 'newer'}, {tmp_path / 'older'}"
+    with pytest.raises(FileNotFoundError, match=told):
+        evaluate.main([str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match=told):
+        predict.main(["clip.mp4", "--labels", "cloud", "--run", str(tmp_path)])
+
+
+def test_a_run_that_is_evaluated_on_nothing_says_so(small_world: dict[str, Path], tmp_path: Path, capsys) -> None:
+    train.main(arguments(small_world, tmp_path / "run", "--data.test"))
+    assert "nothing was evaluated" in capsys.readouterr().out
+    assert (tmp_path / "run" / "patched.safetensors").exists()
 
 
 def test_training_on_nothing_but_corrupt_videos_ends_with_their_name(

@@ -43,6 +43,9 @@ def report(folder: RunFolder, found: Sequence[ProtocolResult], settings: dict[st
     results = Results(settings["model"]["name"], weight, {r.protocol: r for r in found}, provenance(), settings)
     write_results(folder.results, results)
     write_text(folder.markdown, tables.markdown(results))
+    if not found:
+        console.print("nothing was evaluated: --data.test names data sets, --evaluation.protocols published protocols.")
+        return
     console.print(tables.table(results))
     for result in found:
         if result.unreadable:

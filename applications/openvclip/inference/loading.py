@@ -67,8 +67,8 @@ def load(source: str | Path | None, model: ModelConfig) -> Loaded:
     """
     if source is None:
         return of_model(model)
-    if Path(source).is_dir() and RunFolder(Path(source)).config.exists():
-        return of_run(RunFolder(Path(source)))
+    if (folder := RunFolder(Path(source))).config.exists() or folder.inside():
+        return of_run(folder)
     if not Path(source).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
         return of_run(RunFolder(downloaded(str(source))))
     return of_file(str(source), model)

@@ -91,6 +91,11 @@ class RunFolder:
     def plot(self) -> Path:
         return self.path / "tradeoff.png"
 
+    def inside(self) -> list[RunFolder]:
+        """The runs whose folders are in this one, which is none itself; the one that began last comes first."""
+        configs = sorted(self.path.glob(f"*/{self.config.name}"), key=lambda path: path.stat().st_mtime, reverse=True)
+        return [RunFolder(config.parent) for config in configs]
+
     def read_settings(self) -> dict[str, Any]:
         """The configuration of the run, as plain values.
 
@@ -98,7 +103,9 @@ class RunFolder:
             FileNotFoundError: This is no folder of a run.
         """
         if not self.config.exists():
-            raise FileNotFoundError(f"{self.path} is no folder of a run: there is no {self.config.name} in it.")
+            inside = ", ".join(str(run.path) for run in self.inside())
+            told = f"it holds runs, give one of them: {inside}" if inside else f"there is no {self.config.name} in it"
+            raise FileNotFoundError(f"{self.path} is no folder of a run: {told}.")
         return json_object(self.config.read_text(encoding="utf-8"), self.config)
 
     def open_for_training(
