@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from applications.openvclip.zeroshot.results import LAST
@@ -70,21 +70,43 @@ _METHODS = (
     Training("iwr alpha per micro-batch", _with("open-vclip", "--optimization.micro-batch", "8"), "default"),
     Training("iwr edge zero", _with("open-vclip", "--model.edge", "zero"), "default"),
 )
-_COSINE = ("--optimization.schedule", "cosine")
+
+
+@dataclass(frozen=True)
+class Variation:
+    """Trainings once more, each with something else than the recipe has."""
+
+    name: str
+    options: tuple[str, ...]
+    of: tuple[str, ...]
+    """The trainings that are varied."""
+    videos_per_class: int | None = None
+    instead_of: str | None = None
+    """The recipe's own value of a setting, with which this one is compared; None for other conditions, under which
+    methods are compared with each other alone."""
+
+    def named(self, name: str) -> str:
+        """What a training, a row or a claim is called when it is varied."""
+        return f"{name}, {self.name}"
+
+
+_ALL = tuple(t.name for t in _METHODS)
 _FEW = ("--optimization.epochs", "6", "--averager.start-epoch", "3")  # over-fitting limits them, not the steps
-_FULL = (
-    *(Training(f"{t.name}, cosine", (*t.options, *_COSINE), "full") for t in _METHODS),
-    *(Training(f"{t.name}, 16 videos", (*t.options, *_FEW), "full", videos_per_class=16) for t in _METHODS),
-    *(
-        Training(f"iwr, {name} {value}", _with("open-vclip", f"--regularizer.{name}", value), "full")
-        for name, values in (("max-alpha", ("0.3", "0.9")), ("strength", ("0.25", "1")))
-        for value in values
-    ),
-    *(
-        Training(f"{name}, learning rate {rate}", _with(method, "--optimization.learning-rate", rate), "full")
-        for name, method in (("plain", "swa"), ("iwr", "open-vclip"))
-        for rate in ("5e-4", "2e-3")
-    ),
+VARIATIONS = (
+    Variation("cosine", ("--optimization.schedule", "cosine"), _ALL),
+    Variation("16 videos", _FEW, _ALL, videos_per_class=16),
+    Variation("max-alpha 0.3", ("--regularizer.max-alpha", "0.3"), ("iwr",), instead_of="0.6"),
+    Variation("max-alpha 0.9", ("--regularizer.max-alpha", "0.9"), ("iwr",), instead_of="0.6"),
+    Variation("strength 0.25", ("--regularizer.strength", "0.25"), ("iwr",), instead_of="0.5"),
+    Variation("strength 1", ("--regularizer.strength", "1"), ("iwr",), instead_of="0.5"),
+    Variation("learning rate 5e-4", ("--optimization.learning-rate", "5e-4"), ("plain", "iwr"), instead_of="1e-3"),
+    Variation("learning rate 2e-3", ("--optimization.learning-rate", "2e-3"), ("plain", "iwr"), instead_of="1e-3"),
+)
+_FULL = tuple(
+    Training(v.named(t.name), (*t.options, *v.options), "full", v.videos_per_class)
+    for v in VARIATIONS
+    for t in _METHODS
+    if t.name in v.of
 )
 TRAININGS = (*_METHODS, *_FULL)
 
@@ -113,7 +135,7 @@ def _rows(training: str, last: str | None, averaged: str) -> tuple[Row, ...]:
     return (*of_last, Row(averaged, training, True, 0.0), Row(f"{averaged} + patch", training, True, PATCH))
 
 
-ROWS = (
+_OF_THE_RECIPE = (
     *_rows("plain", "fine-tuning", "SWA"),
     *_rows("iwr", "IWR", "IWR + SWA"),
     *_rows("l2", "l2", "l2 + SWA"),
@@ -128,7 +150,15 @@ ROWS = (
     *_rows("plain and iwr", None, "mean of SWA and IWR + SWA"),
     *_rows("iwr and teacher", None, "mean of IWR + SWA and EMA teacher + SWA"),
     *_rows("iwr by depth", None, "IWR + SWA, by depth"),
-    *(row for t in _FULL for row in _rows(t.name, None, f"{t.name} + SWA")),
+)
+ROWS = (
+    *_OF_THE_RECIPE,
+    *(
+        replace(row, name=v.named(row.name), training=v.named(row.training))
+        for v in VARIATIONS
+        for row in _OF_THE_RECIPE
+        if row.training in v.of
+    ),
 )
 
 
@@ -166,6 +196,20 @@ CLAIMS = (
     Claim("An alpha for each micro-batch is better", "IWR, alpha per micro-batch + SWA + patch", "IWR + SWA + patch"),
     Claim("Masked edges are better than zeros", "IWR + SWA + patch", "IWR, edge zero + SWA + patch"),
 )
+
+
+def claims_of(variation: Variation) -> tuple[Claim, ...]:
+    """The claims about methods that are varied, and of a setting that it is better than the recipe's."""
+    training = {row.name: row.training for row in _OF_THE_RECIPE}
+    of_methods = (
+        Claim(*map(variation.named, (claim.text, claim.better, claim.worse)))
+        for claim in CLAIMS
+        if {training[claim.better], training[claim.worse]} <= {*variation.of}
+    )
+    if variation.instead_of is None:
+        return tuple(of_methods)
+    row = "IWR + SWA + patch"
+    return (Claim(f"{variation.name} is better than {variation.instead_of}", variation.named(row), row), *of_methods)
 
 
 def trainings_of(size: Size) -> tuple[Training, ...]:

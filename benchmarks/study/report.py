@@ -12,7 +12,7 @@ from applications.openvclip.runs.texts import markdown_table, write_text
 from applications.openvclip.zeroshot.results import BASELINE
 from benchmarks.study.analysis import Curve, Estimate, estimate, gaps, overlap, paired, verdict
 from benchmarks.study.findings import Findings
-from benchmarks.study.methods import CLAIMS, PATCH, ROWS, SETS, ZERO_SHOT, Row
+from benchmarks.study.methods import CLAIMS, PATCH, ROWS, SETS, VARIATIONS, ZERO_SHOT, Claim, Row, claims_of
 
 COLUMNS = ("closed", "zero-shot", *SETS[1:])
 TABLE_4 = ("fine-tuning", "fine-tuning + patch", "IWR + patch", "SWA + patch", "IWR + SWA + patch")
@@ -48,7 +48,8 @@ def markdown(findings: Findings) -> str:
                 made_of(findings),
                 "## Claims, at equal closed-set accuracy",
                 HOW_CLAIMS_ARE_JUDGED,
-                claims(findings, there),
+                claims(findings, there, CLAIMS),
+                resolution(findings, there),
                 "## What each part adds (the paper's Table 4)",
                 table(findings, _there(TABLE_4, there)),
                 "## Beside the l2 penalty (the paper's Table 5)",
@@ -57,6 +58,7 @@ def markdown(findings: Findings) -> str:
                 "![Closed-set and zero-shot accuracy along the anchor weight](figure-2.png)",
                 "## Along the anchor weight (the paper's Figure 3)",
                 "![Each set along the anchor weight](figure-3.png)",
+                *varied(findings, there),
                 "## All rows",
                 table(findings, there),
             ]
@@ -92,12 +94,45 @@ def table(findings: Findings, rows: Sequence[Row]) -> str:
     return "\n".join(markdown_table(("method", *COLUMNS), cells))
 
 
-def claims(findings: Findings, there: Sequence[Row]) -> str:
-    lines, widths = [], []
-    for claim in CLAIMS:
-        better, worse = BY_NAME[claim.better], BY_NAME[claim.worse]
-        if better not in there or worse not in there:
+def varied(findings: Findings, there: Sequence[Row]) -> list[str]:
+    """Sections on the claims under other conditions and with other settings, as far as there are runs."""
+    parts = (
+        ("## With another schedule, with fewer videos", [v for v in VARIATIONS if v.instead_of is None]),
+        ("## With other settings", [v for v in VARIATIONS if v.instead_of is not None]),
+    )
+    made = [
+        (title, [claim for v in of for claim in claims_of(v) if _can_be_judged(claim, there)]) for title, of in parts
+    ]
+    return [text for title, found in made if found for text in (title, claims(findings, there, found))]
+
+
+def resolution(findings: Findings, there: Sequence[Row]) -> str:
+    """How small a difference the study can see."""
+    compared = [
+        gaps(findings.curves(BY_NAME[claim.better]), findings.curves(BY_NAME[claim.worse]))
+        for claim in CLAIMS
+        if _can_be_judged(claim, there)
+    ]
+    widths = [gap.high - gap.low for gap in compared if gap]
+    if not widths:
+        return "No methods could be compared."
+    return (
+        f"The median bracket is ± {100 * median(widths) / 2:.1f} points: methods that differ by less, the miniature "
+        "does not tell apart with so many seeds."
+    )
+
+
+def _can_be_judged(claim: Claim, there: Sequence[Row]) -> bool:
+    return {claim.better, claim.worse} <= {row.name for row in there}
+
+
+def claims(findings: Findings, there: Sequence[Row], of: Iterable[Claim]) -> str:
+    """What became of claims, those of which both methods are there."""
+    lines = []
+    for claim in of:
+        if not _can_be_judged(claim, there):
             continue
+        better, worse = BY_NAME[claim.better], BY_NAME[claim.worse]
         at_equal = {m: gaps(findings.curves(better, m), findings.curves(worse, m)) for m in ("zero-shot", *SETS[-1:])}
         fixed = [paired(findings.values(better, m), findings.values(worse, m)) for m in ("closed", "zero-shot")]
         cells = (_difference(e) for e in (*at_equal.values(), *fixed))
@@ -105,20 +140,12 @@ def claims(findings: Findings, there: Sequence[Row]) -> str:
         common = findings.of(better.training).keys() & findings.of(worse.training).keys()
         text = claim.text + _fewer(common, findings)
         lines.append([text, f"**{verdict(at_equal['zero-shot'])}**", where, *cells])
-        if at_equal["zero-shot"]:
-            widths.append(at_equal["zero-shot"].high - at_equal["zero-shot"].low)
     head = ("claim", "", "compared at closed", "zero-shot, equal closed", "out of context, equal closed")
-    rows = "\n".join(markdown_table((*head, f"closed at {PATCH:g}", f"zero-shot at {PATCH:g}"), lines))
-    if not widths:
-        return rows
-    return (
-        f"{rows}\n\nThe median bracket is ± {100 * median(widths) / 2:.1f} points: methods that differ by less, the "
-        "miniature does not tell apart with so many seeds."
-    )
+    return "\n".join(markdown_table((*head, f"closed at {PATCH:g}", f"zero-shot at {PATCH:g}"), lines))
 
 
 def _fewer(seeds: Collection[int], findings: Findings) -> str:
-    return f" ({len(seeds)} seeds)" if len(seeds) < len(findings.seeds) else ""
+    return f" ({len(seeds)} seed{'s' * (len(seeds) > 1)})" if len(seeds) < len(findings.seeds) else ""
 
 
 def _mean_std(e: Estimate) -> str:

@@ -22,7 +22,19 @@ from benchmarks.measuring import RESULTS
 from benchmarks.study import findings, report
 from benchmarks.study.analysis import Estimate, estimate, gap, gaps, overlap, paired, useful_branch, verdict
 from benchmarks.study.findings import Findings
-from benchmarks.study.methods import CLAIMS, MIXTURES, ROWS, SEEDS, SETS, SIZES, TRAININGS, Mixture, trainings_of
+from benchmarks.study.methods import (
+    CLAIMS,
+    MIXTURES,
+    ROWS,
+    SEEDS,
+    SETS,
+    SIZES,
+    TRAININGS,
+    VARIATIONS,
+    Mixture,
+    claims_of,
+    trainings_of,
+)
 from benchmarks.study.running import Job, Trained, jobs, run_all, write_few
 from tests.openvclip.conftest import small_world as small_world
 
@@ -89,7 +101,9 @@ def test_every_row_and_claim_is_of_something_trained() -> None:
     assert {row.training for row in ROWS} == {made.name for made in (*TRAININGS, *MIXTURES)}
     names = [row.name for row in ROWS]
     assert len(set(names)) == len(names)
-    assert {name for claim in CLAIMS for name in (claim.better, claim.worse)} <= set(names)
+    claims = [*CLAIMS, *(claim for variation in VARIATIONS for claim in claims_of(variation))]
+    assert {name for claim in claims for name in (claim.better, claim.worse)} <= set(names)
+    assert len({claim.text for claim in claims}) == len(claims)
     assert {*report.TABLE_4, *report.TABLE_5, *report.FIGURE_2, *report.FIGURE_3} <= set(names)
     assert [len(trainings_of(size)) * len(SEEDS[size]) for size in SIZES] == [4, 55, 205]
 
@@ -149,6 +163,19 @@ def test_a_report_says_what_became_of_each_claim(tmp_path: Path) -> None:
     assert "| CLIP*, temporal | 20.0 ± 0.0 | 50.0 ± 0.0 |" in text
     assert (tmp_path / "figure-2.png").stat().st_size > 1000
     assert (tmp_path / "figure-3.png").stat().st_size > 1000
+
+
+def test_claims_are_judged_under_other_conditions_and_settings_beside_the_recipes() -> None:
+    found = made_up()
+    assert "## With" not in report.markdown(found)
+    of_the_recipe = found.accuracy["plain"], found.accuracy["iwr"]
+    found.accuracy.update(zip(("plain, cosine", "iwr, max-alpha 0.3"), of_the_recipe, strict=True))
+    found.accuracy["iwr, cosine"] = {"10": of_the_recipe[1]["10"]}
+    text = report.markdown(found)
+    schedule, settings = text.index("## With another schedule"), text.index("## With other settings")
+    assert schedule < text.index("| IWR adds to SWA, cosine (1 seed) | **within noise** | 30 to 60 | +2.0") < settings
+    assert settings < text.index("| max-alpha 0.3 is better than 0.6 | **within noise** | 30 to 60 | +0.0")
+    assert "| IWR + SWA + patch, cosine (1 seed) | 40.0 ± 0.0 | 42.0 ± 0.0 |" in text
 
 
 def test_the_shipped_report_is_of_the_shipped_findings() -> None:
