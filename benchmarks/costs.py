@@ -112,7 +112,7 @@ def costs() -> list[Cost]:
     figure = f"{together['videos decoded']} videos decoded and not {apart['videos decoded']}; "
     figure += f"{together['seconds, median']:.2f} s and not {apart['seconds, median']:.1f}"
     what = f"{one_pass['parts']} protocol parts at {len(one_pass['anchor_weights'])} anchor weights in one pass"
-    rows.append(Cost(what, figure, f"one by one, {one_pass['videos']} small videos", "one_pass_evaluation"))
+    rows.append(Cost(what, figure, f"one by one, {one_pass['videos']} videos", "one_pass_evaluation"))
     training = results("training_throughput")
     for size, found in training["bare loop over trainer, ready clips"].items():
         figure = f"speed {quartiles(found['ratio'])}"
