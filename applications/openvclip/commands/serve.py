@@ -4,7 +4,7 @@ $ openvclip serve                              # the newest run here; without on
 $ openvclip serve --run runs/vit_b_16-… --labels "archery,juggling balls"
 
 It answers on 127.0.0.1 only and asks nothing of any other machine. Uploads are limited and deleted. Needs the extra
-`demo`: pip install 'interpolate-weights[openvclip,demo]'.
+`demo`: pip install '.[openvclip,demo]' in a clone of the repository.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def serve(options: Serve) -> None:
         from applications.openvclip.page.server import serving
     except ModuleNotFoundError as error:
         raise RuntimeError(
-            f"the page needs {error.name}, which is not installed: pip install 'interpolate-weights[openvclip,demo]'."
+            f"the page needs {error.name}, which is not installed: pip install '.[openvclip,demo]'."
         ) from error
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was sent is deleted however it is ended

@@ -86,7 +86,7 @@ def class_folders(root: str) -> Manifest:
             if not outer:
                 raise ValueError(
                     f"{root}: {path} lies in no folder that names its class. Put the videos of each class into a "
-                    "folder of its name, or give a list, a line `path,class` for each video."
+                    "folder of its name, or give a list: CSV of the columns path,label."
                 )
             above.add("/".join(outer[:-1]))
             rows.append((path, outer[-1]))

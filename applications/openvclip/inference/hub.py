@@ -80,10 +80,10 @@ Weng et al., [Open-VCLIP](https://arxiv.org/abs/2302.00624) (ICML 2023). It scor
 ## Use
 
 ```python
-from applications.openvclip import Classifier  # pip install 'interpolate-weights[openvclip]'
+from applications.openvclip import Classifier  # pip install '.[openvclip]' in a clone of interpolate
 
 classifier = Classifier.from_pretrained("OWNER/NAME")  # anchor weight {loaded.anchor_weight:g}; any other can be set
-classifier.classify("clip.mp4", ["archery", "juggling balls"])
+classifier.classify("clip.mp4", {json.dumps(trained[:2])})  # any labels
 ```
 
 `averaged.safetensors` holds the fine-tuned weights under open_clip's names, not patched; the final model is

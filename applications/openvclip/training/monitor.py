@@ -56,7 +56,7 @@ class Monitor:
     ) -> None:
         if tensorboard and find_spec("tensorboard") is None:
             raise ModuleNotFoundError(
-                "TensorBoard was asked for and is not installed: pip install 'interpolate-weights[tensorboard]', or "
+                "TensorBoard was asked for and is not installed: pip install tensorboard, or "
                 "pip install tensorboard. The journal has the same figures without it."
             )
         self.journal = journal
