@@ -225,6 +225,7 @@ def test_a_folder_of_runs_is_told_which_there_are(run: Path, tmp_path: Path) -> 
     for i, name in enumerate(("older", "newer")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text((run / "config.json").read_text())
+        (tmp_path / name / "journal.jsonl").touch()
         os.utime(tmp_path / name / "config.json", (i, i))
     told = f"it holds runs, give one of them: {tmp_path / 'newer'}, {tmp_path / 'older'}"
     with pytest.raises(FileNotFoundError, match=told):

@@ -93,8 +93,9 @@ class RunFolder:
 
     def inside(self) -> list[RunFolder]:
         """The runs whose folders are in this one, which is none itself; the one that began last comes first."""
-        configs = sorted(self.path.glob(f"*/{self.config.name}"), key=lambda path: path.stat().st_mtime, reverse=True)
-        return [RunFolder(config.parent) for config in configs]
+        found = [RunFolder(path.parent) for path in self.path.glob(f"*/{self.journal.name}")]
+        runs = [run for run in found if run.config.exists()]
+        return sorted(runs, key=lambda run: run.config.stat().st_mtime, reverse=True)
 
     def read_settings(self) -> dict[str, Any]:
         """The configuration of the run, as plain values.

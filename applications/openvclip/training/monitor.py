@@ -56,8 +56,8 @@ class Monitor:
     ) -> None:
         if tensorboard and find_spec("tensorboard") is None:
             raise ModuleNotFoundError(
-                "TensorBoard was asked for and is not installed: pip install tensorboard, or "
-                "pip install tensorboard. The journal has the same figures without it."
+                "TensorBoard was asked for and is not installed: pip install tensorboard. The journal has the same "
+                "figures without it."
             )
         self.journal = journal
         self.folder = folder
