@@ -15,7 +15,7 @@ import numpy as np
 
 Curve = Sequence[tuple[float, float]]
 """(closed, other) accuracy by falling anchor weight: from the anchor on to the fine-tuned weights."""
-Verdict = Literal["held", "not held", "within noise", "cannot be compared"]
+Verdict = Literal["held", "not held", "within noise", "one seed", "cannot be compared"]
 
 
 def useful_branch(curve: Curve) -> list[tuple[float, float]]:
@@ -93,9 +93,11 @@ def verdict(difference: Estimate | None) -> Verdict:
     """Whether a difference is there: an interval above 0, below it, or around it. One seed has no interval."""
     if difference is None:
         return "cannot be compared"
-    if difference.n > 1 and difference.low > 0:
+    if difference.n == 1:
+        return "one seed"
+    if difference.low > 0:
         return "held"
-    if difference.n > 1 and difference.high < 0:
+    if difference.high < 0:
         return "not held"
     return "within noise"
 

@@ -170,7 +170,9 @@ def _overlap(a: Mapping[int, Curve], b: Mapping[int, Curve]) -> str:
 
 
 def _difference(e: Estimate | None) -> str:
-    return "-" if e is None else f"{100 * e.mean:+.1f} [{100 * e.low:+.1f}, {100 * e.high:+.1f}]"
+    if e is None:
+        return "-"
+    return f"{100 * e.mean:+.1f}" + f" [{100 * e.low:+.1f}, {100 * e.high:+.1f}]" * (e.n > 1)
 
 
 def figure(findings: Findings, rows: Sequence[Row], measures: Sequence[str]) -> Figure:
