@@ -75,6 +75,7 @@ def test_a_run_leaves_its_results_and_how_they_were_made(run: Path) -> None:
     assert events == ["start", *["step"] * 12, "checkpoint", "end"]
 
 
+@pytest.mark.slow
 def test_videos_that_were_replaced_or_cut_off_are_told_once(small_world, tmp_path: Path, capsys) -> None:
     whole = read_dataset(str(small_world["train"]))
     paths = [whole.location(0), whole.location(1), str(cut_off(tmp_path / "cut.avi")), str(tmp_path / "absent.mp4")]
