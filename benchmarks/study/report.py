@@ -55,8 +55,8 @@ def markdown(findings: Findings) -> str:
                 made_of(findings),
                 "## Claims, at equal closed-set accuracy",
                 HOW_CLAIMS_ARE_JUDGED,
-                claims(findings, there, CLAIMS),
-                resolution(findings, there),
+                claims(findings, _judged(CLAIMS, there)),
+                resolution(findings, _judged(CLAIMS, there)),
                 "## What each part adds (the paper's Table 4)",
                 table(findings, _there(TABLE_4, there)),
                 "## Beside the l2 penalty (the paper's Table 5)",
@@ -110,18 +110,20 @@ def varied(findings: Findings, there: Sequence[Row]) -> list[str]:
         ("## With another schedule, with fewer videos", CONDITIONS, conditions),
         ("## With other settings", SETTINGS, settings),
     ):
-        if found := [claim for v in variations for claim in claims_of(v) if _can_be_judged(claim, there)]:
-            sections += [title, introduction, claims(findings, there, found)]
+        if found := _judged([claim for v in variations for claim in claims_of(v)], there):
+            sections += [title, introduction, claims(findings, found)]
     return sections
 
 
-def resolution(findings: Findings, there: Sequence[Row]) -> str:
-    """How small a difference the study can see."""
-    compared = [
-        gaps(findings.curves(BY_NAME[claim.better]), findings.curves(BY_NAME[claim.worse]))
-        for claim in CLAIMS
-        if _can_be_judged(claim, there)
-    ]
+def _judged(claims: Sequence[Claim], there: Sequence[Row]) -> list[Claim]:
+    """Those of which both methods are there."""
+    names = {row.name for row in there}
+    return [claim for claim in claims if {claim.better, claim.worse} <= names]
+
+
+def resolution(findings: Findings, of: Sequence[Claim]) -> str:
+    """How small a difference the study can see, by these claims."""
+    compared = [gaps(findings.curves(BY_NAME[c.better]), findings.curves(BY_NAME[c.worse])) for c in of]
     widths = [gap.high - gap.low for gap in compared if gap]
     if not widths:
         return "No methods could be compared."
@@ -131,16 +133,10 @@ def resolution(findings: Findings, there: Sequence[Row]) -> str:
     )
 
 
-def _can_be_judged(claim: Claim, there: Sequence[Row]) -> bool:
-    return {claim.better, claim.worse} <= {row.name for row in there}
-
-
-def claims(findings: Findings, there: Sequence[Row], of: Iterable[Claim]) -> str:
-    """What became of claims, those of which both methods are there."""
+def claims(findings: Findings, of: Sequence[Claim]) -> str:
+    """What became of claims."""
     lines = []
     for claim in of:
-        if not _can_be_judged(claim, there):
-            continue
         better, worse = BY_NAME[claim.better], BY_NAME[claim.worse]
         at_equal = {m: gaps(findings.curves(better, m), findings.curves(worse, m)) for m in ("zero-shot", *SETS[-1:])}
         fixed = [paired(findings.values(better, m), findings.values(worse, m)) for m in ("closed", "zero-shot")]
