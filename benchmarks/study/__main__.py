@@ -5,7 +5,8 @@ $ python -m benchmarks.study                    # five seeds, all methods
 $ python -m benchmarks.study --full             # other schedules, fewer videos, sensitivities too
 $ python -m benchmarks.study --report-only      # the page from what has ended, or from what is shipped
 
-Stopped by Ctrl-C it goes on with the same command.
+Stopped by Ctrl-C it goes on with the same command. Runs of which only findings.json tells, because their folders are
+elsewhere, stay in the report.
 """
 
 from __future__ import annotations
@@ -42,7 +43,13 @@ def main(arguments: list[str] | None = None) -> None:
         run_all(everything, options.parallel)
     if ended := [job for job in everything if job.ended()]:
         options.output.mkdir(parents=True, exist_ok=True)
-        findings.write(findings.gather(ended, size), found)
+        now = findings.gather(ended, size)
+        if found.exists():
+            try:
+                now = findings.with_earlier(now, findings.read(found))
+            except ValueError as error:
+                print(f"{found}: the runs of before are left out: {error}.")
+        findings.write(now, found)
     report.write(findings.read(found), options.output)
     print(options.output / "report.md")
 

@@ -13,7 +13,7 @@ from applications.openvclip.runs.provenance import provenance
 from applications.openvclip.runs.texts import write_text
 from applications.openvclip.zeroshot.results import BASELINE, read_results
 from benchmarks.study.analysis import Curve
-from benchmarks.study.methods import ZERO_SHOT, Row, scorer
+from benchmarks.study.methods import SIZES, ZERO_SHOT, Row, Size, scorer
 from benchmarks.study.running import Job
 
 Accuracies = dict[str, dict[str, float]]
@@ -24,7 +24,7 @@ Accuracies = dict[str, dict[str, float]]
 class Findings:
     """The accuracies of every training and seed, and where they come from."""
 
-    size: str
+    size: Size
     seeds: list[int]
     provenance: dict[str, Any]
     protocols: dict[str, dict[str, str]]
@@ -34,6 +34,11 @@ class Findings:
 
     def of(self, training: str) -> dict[int, Accuracies]:
         return {int(seed): found for seed, found in self.accuracy.get(training, {}).items()}
+
+    def reference(self, seed: str) -> dict[str, tuple[str, float]]:
+        """What all runs with a seed have in common, by set: the hash of the protocol, and the accuracy of CLIP*."""
+        run = next(by_seed[seed] for by_seed in self.accuracy.values() if seed in by_seed)
+        return {name: (digest, run[name][BASELINE]) for name, digest in self.protocols[seed].items()}
 
     def values(self, row: Row, measure: str) -> dict[int, float]:
         """A row's accuracy by seed: of a set, or of "zero-shot", the mean of three sets."""
@@ -60,7 +65,7 @@ def value(found: Accuracies, measure: str, scorer: str) -> float:
     return found[measure][scorer]
 
 
-def gather(jobs: Sequence[Job], size: str) -> Findings:
+def gather(jobs: Sequence[Job], size: Size) -> Findings:
     """Read the results of runs that have ended.
 
     Raises:
@@ -90,6 +95,28 @@ def gather(jobs: Sequence[Job], size: str) -> Findings:
         provenance() | {"commits of the runs": sorted(commits)},
         protocols,
         accuracy,
+    )
+
+
+def with_earlier(now: Findings, earlier: Findings) -> Findings:
+    """What was found now, and of what was found earlier the runs that were not made again: their folders may be gone.
+
+    Raises:
+        ValueError: They can't be compared: made with other versions, or a seed was evaluated on other things.
+    """
+    a, b = now.provenance["versions"], earlier.provenance["versions"]
+    if a != b:
+        raise ValueError(f"that was with the versions {b}, this with {a}")
+    for seed in now.protocols.keys() & earlier.protocols.keys():
+        if now.reference(seed) != earlier.reference(seed):
+            raise ValueError(f"with seed {seed} that was on {earlier.reference(seed)}, this on {now.reference(seed)}")
+    commits = {*now.provenance["commits of the runs"], *earlier.provenance["commits of the runs"]}
+    return Findings(
+        max(now.size, earlier.size, key=SIZES.index),
+        sorted({*now.seeds, *earlier.seeds}),
+        now.provenance | {"commits of the runs": sorted(commits)},
+        earlier.protocols | now.protocols,
+        {name: earlier.accuracy.get(name, {}) | now.accuracy.get(name, {}) for name in earlier.accuracy | now.accuracy},
     )
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,32 @@ def test_claims_are_judged_under_other_conditions_and_settings_beside_the_recipe
     assert schedule < text.index("| IWR adds to SWA, cosine (1 seed) | **one seed** | 30 to 60 | +2.0") < settings
     assert settings < text.index("| max-alpha 0.3 is better than 0.6 | **within noise** | 30 to 60 | +0.0")
     assert "| IWR + SWA + patch, cosine (1 seed) | 40.0 ± 0.0 | 42.0 ± 0.0 |" in text
+
+
+def test_runs_whose_folders_are_gone_stay_in_the_findings() -> None:
+    hashes = {seed: dict.fromkeys(SETS, "hash") for seed in ("10", "11")}
+    earlier, now = (replace(made_up(), protocols=hashes) for _ in range(2))
+    made_again = {"plain": {"11": now.accuracy["iwr"]["11"]}}
+    now = replace(now, seeds=[11], protocols={"11": hashes["11"]}, accuracy=made_again)
+    earlier = replace(earlier, size="full", provenance=earlier.provenance | {"commits of the runs": ["earlier"]})
+    both = findings.with_earlier(now, earlier)
+    assert (both.size, both.seeds, both.protocols) == ("full", [10, 11], hashes)
+    assert both.provenance["commits of the runs"] == ["abc", "earlier"]
+    assert both.accuracy["iwr"] == earlier.accuracy["iwr"]
+    assert both.accuracy["plain"] == {"10": earlier.accuracy["plain"]["10"], **made_again["plain"]}
+
+
+@pytest.mark.parametrize("other", ["versions", "hash", "CLIP*"])
+def test_runs_that_cannot_be_compared_are_not_put_together(other: str) -> None:
+    now, earlier = (replace(made_up(), protocols={"10": dict.fromkeys(SETS, "hash")}) for _ in range(2))
+    if other == "versions":
+        earlier.provenance["versions"] = {"torch": "1.0"}
+    elif other == "hash":
+        earlier.protocols["10"]["closed"] = "other"
+    else:
+        earlier.accuracy["plain"]["10"]["closed"]["CLIP*"] = 0.9
+    with pytest.raises(ValueError, match={"versions": "torch.*1.0", "hash": "seed 10.*other", "CLIP*": "0.9"}[other]):
+        findings.with_earlier(now, earlier)
 
 
 def test_the_shipped_report_is_of_the_shipped_findings() -> None:
