@@ -31,8 +31,8 @@ No setting is tuned for a method. The EMA teacher has the decay that it was publ
 in the 270 steps here it hardly leaves CLIP, and the mean as a teacher is the fairer comparison."""
 
 CONDITIONS = """\
-The same claims where the learning rate decays to zero along a cosine, and where training has 16 videos of each class,
-for six epochs."""
+The claims about the paper's methods, l2 and the mean as a teacher once more: where the learning rate decays to zero
+along a cosine, and where training has 16 videos of each class, for six epochs."""
 SETTINGS = """\
 The recipe with one setting changed, beside the recipe as it is; and claims about methods where all have what was
 changed."""
