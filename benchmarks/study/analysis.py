@@ -6,9 +6,9 @@ the curve look like one that lifts it.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Literal
 
 import numpy as np
@@ -28,11 +28,21 @@ def useful_branch(curve: Curve) -> list[tuple[float, float]]:
     return branch
 
 
+def front(curve: Curve) -> list[tuple[float, float]]:
+    """The most of the other accuracy that is to be had with at least so much closed accuracy: the useful branch, with
+    its rising part raised to its peak."""
+    best, found = float("-inf"), []
+    for closed, other in reversed(useful_branch(curve)):
+        best = max(best, other)
+        found.append((closed, best))
+    return found[::-1]
+
+
 def overlap(a: Curve, b: Curve) -> tuple[float, float] | None:
     """The closed accuracies that two curves both reach, from the least to the most; None where there are none.
 
-    The anchor is the same in both, and the chord from it to the next point says nothing of either: what both reach
-    begins at that point.
+    The chord from the anchor, where both begin, to the next point says nothing of either: what both reach begins at
+    that point.
     """
     branches = [useful_branch(curve)[1:] for curve in (a, b)]
     if not all(branches):
@@ -59,9 +69,13 @@ def gap(better: Curve, worse: Curve) -> float | None:
     return float(np.trapezoid(upper - lower, x)) / (high - low)
 
 
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Of Student's t with 1, 2, … degrees of freedom: 2.5 % lie above."""
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds, and the middle 95 % of its bootstrap."""
+    """A mean over seeds, and the 95 % interval of it by Student's t; one seed has no interval but the mean."""
 
     mean: float
     std: float
@@ -70,23 +84,20 @@ class Estimate:
     n: int
 
 
-def estimate(values: Sequence[float], level: float = 0.95) -> Estimate:
-    """The mean of one value a seed, its spread, and a bootstrap interval of the mean.
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of one value a seed, its spread, and the interval of the mean.
 
-    With few seeds every resample is enumerated and the interval exact; with more there are 20,000 seeded ones. With two
-    seeds it is their range. The interval of a handful of seeds is somewhat too narrow, and the report says so.
+    Not a bootstrap of the seeds: of five values that are drawn around 0 its interval leaves 0 out 15 times in a
+    hundred, of three 26 times. With more than eleven seeds the interval is a little too wide.
     """
     if not values:
         raise ValueError("there is nothing to estimate: no seed has a value.")
-    n, array = len(values), np.asarray(values, dtype=float)
-    if n <= 6:
-        chosen = np.array(list(itertools.product(range(n), repeat=n)))
-    else:
-        chosen = np.random.default_rng(0).integers(n, size=(20_000, n))
-    tail = (1 - level) / 2
-    means = array[chosen].mean(axis=1)
-    low, high = np.quantile(means, tail, method="lower"), np.quantile(means, 1 - tail, method="higher")
-    return Estimate(float(array.mean()), float(array.std(ddof=1)) if n > 1 else 0.0, float(low), float(high), n)
+    n, mean = len(values), fmean(values)
+    if n == 1:
+        return Estimate(mean, 0.0, mean, mean, n)
+    std = stdev(values)
+    half = T_975[min(n - 2, len(T_975) - 1)] * std / n**0.5
+    return Estimate(mean, std, mean - half, mean + half, n)
 
 
 def verdict(difference: Estimate | None) -> Verdict:

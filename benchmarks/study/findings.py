@@ -27,6 +27,9 @@ class Findings:
     size: Size
     seeds: list[int]
     provenance: dict[str, Any]
+    """The command that gathered them; versions and hardware are those of the runs."""
+    settings: dict[str, list[str]]
+    """By training: what was asked for."""
     protocols: dict[str, dict[str, str]]
     """By seed, then by set: the hash of what was evaluated on."""
     accuracy: dict[str, dict[str, Accuracies]]
@@ -35,8 +38,11 @@ class Findings:
     def of(self, training: str) -> dict[int, Accuracies]:
         return {int(seed): found for seed, found in self.accuracy.get(training, {}).items()}
 
-    def reference(self, seed: str) -> dict[str, tuple[str, float]]:
-        """What all runs with a seed have in common, by set: the hash of the protocol, and the accuracy of CLIP*."""
+    def reference(self, seed: str) -> dict[str, tuple[str, float]] | None:
+        """What all runs with a seed have in common, by set: the hash of the protocol, and the accuracy of CLIP*. None
+        where there is no such run."""
+        if seed not in self.protocols:
+            return None
         run = next(by_seed[seed] for by_seed in self.accuracy.values() if seed in by_seed)
         return {name: (digest, run[name][BASELINE]) for name, digest in self.protocols[seed].items()}
 
@@ -69,54 +75,58 @@ def gather(jobs: Sequence[Job], size: Size) -> Findings:
     """Read the results of runs that have ended.
 
     Raises:
-        ValueError: Two runs with one seed were evaluated on different things, or differ in a model that is not trained.
+        ValueError: Two runs can't be compared: made with other versions, or with one seed on other things.
     """
-    accuracy: dict[str, dict[str, Accuracies]] = {}
-    protocols: dict[str, dict[str, str]] = {}
-    commits: set[str] = set()
-    baselines: dict[str, dict[str, float]] = {}
+    found: Findings | None = None
+    gathering = provenance()
     for job in jobs:
         results = read_results(job.folder.results)
-        commits.add(str(results.provenance["commit"]))
-        found = {name.rpartition("/")[2]: result for name, result in results.protocols.items()}
-        seed, hashes = str(job.seed), {name: result.hash for name, result in found.items()}
-        baseline = {name: result.mean_std(BASELINE)[0] for name, result in found.items()}
-        if protocols.setdefault(seed, hashes) != hashes or baselines.setdefault(seed, baseline) != baseline:
-            raise ValueError(
-                f"{job.folder.path}: evaluated on {hashes}, with {BASELINE} at {baseline}; other runs with seed {seed} "
-                f"on {protocols[seed]}, at {baselines[seed]}. They can't be compared; run the study in another folder."
-            )
-        accuracy.setdefault(job.name, {})[seed] = {
-            name: {scorer: result.mean_std(scorer)[0] for scorer in result.accuracy} for name, result in found.items()
+        protocols = {name.rpartition("/")[2]: result for name, result in results.protocols.items()}
+        seed, made = str(job.seed), results.provenance
+        accuracies = {
+            name: {scorer: result.mean_std(scorer)[0] for scorer in result.accuracy}
+            for name, result in protocols.items()
         }
-    return Findings(
-        size,
-        sorted({job.seed for job in jobs}),
-        provenance() | {"commits of the runs": sorted(commits)},
-        protocols,
-        accuracy,
-    )
+        one = Findings(
+            size,
+            [job.seed],
+            gathering
+            | {"versions": made["versions"], "hardware": made["hardware"], "commits of the runs": [made["commit"]]},
+            {job.name: job.settings},
+            {seed: {name: result.hash for name, result in protocols.items()}},
+            {job.name: {seed: accuracies}},
+        )
+        try:
+            found = together(one, found) if found else one
+        except ValueError as error:
+            raise ValueError(f"{job.folder.path} can't be compared with other runs of the study: {error}") from None
+    if found is None:
+        raise ValueError("no run of the study has ended.")
+    return found
 
 
-def with_earlier(now: Findings, earlier: Findings) -> Findings:
+def together(now: Findings, earlier: Findings) -> Findings:
     """What was found now, and of what was found earlier the runs that were not made again: their folders may be gone.
 
     Raises:
-        ValueError: They can't be compared: made with other versions, or a seed was evaluated on other things.
+        ValueError: They can't be compared: made with other versions or settings, or with one seed on other things.
     """
-    a, b = now.provenance["versions"], earlier.provenance["versions"]
-    if a != b:
-        raise ValueError(f"that was with the versions {b}, this with {a}")
-    for seed in now.protocols.keys() & earlier.protocols.keys():
-        if now.reference(seed) != earlier.reference(seed):
-            raise ValueError(f"with seed {seed} that was on {earlier.reference(seed)}, this on {now.reference(seed)}")
+    for what, a, b in (
+        ("versions", earlier.provenance["versions"], now.provenance["versions"]),
+        *((f"settings of {name}", earlier.settings.get(name), now.settings[name]) for name in now.settings),
+        *((f"sets of seed {s}", earlier.reference(s), now.reference(s)) for s in now.protocols),
+    ):
+        if a is not None and a != b:
+            raise ValueError(f"the {what} were {a}, now {b}.")
     commits = {*now.provenance["commits of the runs"], *earlier.provenance["commits of the runs"]}
+    names = earlier.accuracy | now.accuracy
     return Findings(
         max(now.size, earlier.size, key=SIZES.index),
         sorted({*now.seeds, *earlier.seeds}),
         now.provenance | {"commits of the runs": sorted(commits)},
+        earlier.settings | now.settings,
         earlier.protocols | now.protocols,
-        {name: earlier.accuracy.get(name, {}) | now.accuracy.get(name, {}) for name in earlier.accuracy | now.accuracy},
+        {name: earlier.accuracy.get(name, {}) | now.accuracy.get(name, {}) for name in names},
     )
 
 

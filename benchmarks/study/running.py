@@ -34,6 +34,11 @@ class Job(ABC):
     seed: int
     folder: RunFolder
 
+    @property
+    @abstractmethod
+    def settings(self) -> list[str]:
+        """What tells it from others, but for the seed."""
+
     @abstractmethod
     def ended(self) -> bool:
         """Whether its results are there."""
@@ -62,6 +67,11 @@ class Trained(Job):
 
     training: Training
     options: tuple[str, ...]
+
+    @property
+    def settings(self) -> list[str]:
+        videos = self.training.videos_per_class
+        return [*self.training.options, *self.options, *([f"{videos} videos a class"] if videos else [])]
 
     @property
     def few_videos(self) -> Path | None:
@@ -97,8 +107,9 @@ class Trained(Job):
 
 
 def _wherever(config: Config) -> Config:
-    """The same, wherever the study is: its folder may be moved."""
-    return replace(config, output=None, data=replace(config.data, decoded=None))
+    """The same, wherever the study is: its folder may be moved, and the lists of few videos with it."""
+    train = None if config.data.train is None else Path(config.data.train).name
+    return replace(config, output=None, data=replace(config.data, decoded=None, train=train))
 
 
 @dataclass(frozen=True)
@@ -107,11 +118,23 @@ class Mixed(Job):
 
     mixture: Mixture
 
+    @property
+    def settings(self) -> list[str]:
+        return ["mean of", *self.mixture.trainings, f"{self.mixture.shallow:g} of the anchor in the first block"]
+
+    @property
+    def parts(self) -> list[RunFolder]:
+        return [RunFolder(path_of(self.folder.path.parents[1], name, self.seed)) for name in self.mixture.trainings]
+
     def ended(self) -> bool:
-        return self.folder.results.exists()
+        """Whether its results are there, and of the averages that are there."""
+        if not self.folder.results.exists():
+            return False
+        averages = [part.averaged.stat().st_mtime for part in self.parts if part.averaged.exists()]
+        return self.folder.results.stat().st_mtime >= max(averages, default=0)
 
     def run(self) -> None:
-        runs = [RunFolder(path_of(self.folder.path.parents[1], name, self.seed)) for name in self.mixture.trainings]
+        runs = self.parts
         averages, metadata = zip(*(load_weights(run.averaged) for run in runs), strict=True)
         mean = {name: torch.stack([weights[name] for weights in averages]).mean(0) for name in averages[0]}
         anchor = tiny_clip.load_pretrained(torch.device("cpu")).clip.state_dict()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,18 +11,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from applications.openvclip.commands.train import parse
+from applications.openvclip.config import to_dict
 from applications.openvclip.miniature import tasks, tiny_clip
 from applications.openvclip.ranges import check, training_ranges
 from applications.openvclip.runs.weights import load_weights
 from benchmarks.measuring import RESULTS
 from benchmarks.study import findings, report
-from benchmarks.study.analysis import Estimate, estimate, gap, gaps, overlap, paired, useful_branch, verdict
+from benchmarks.study.__main__ import main
+from benchmarks.study.analysis import Estimate, estimate, front, gap, gaps, overlap, paired, useful_branch, verdict
 from benchmarks.study.findings import Findings
 from benchmarks.study.methods import (
     CLAIMS,
@@ -74,21 +78,30 @@ def test_a_method_that_only_slides_along_the_curve_has_no_gap() -> None:
     assert gap(line[::2], line) == pytest.approx(0)
 
 
-def test_the_interval_of_two_seeds_is_their_range() -> None:
-    found = estimate([1.0, 3.0])
-    assert found == Estimate(mean=2.0, std=2**0.5, low=1.0, high=3.0, n=2)
+def test_the_interval_is_students() -> None:
+    assert estimate([1.0, 3.0]) == Estimate(mean=2.0, std=2**0.5, low=2 - 12.706, high=2 + 12.706, n=2)
+    found = estimate([2.0, 4.0, 4.0, 5.0, 5.0])  # 4 ± 2.776 * sqrt(1.5 / 5)
+    assert (found.low, found.high) == pytest.approx((2.4795, 5.5205), abs=1e-4)
 
 
-@given(st.lists(st.integers(-100, 100), min_size=1, max_size=5))
-def test_an_interval_holds_its_mean_and_lies_in_the_range(values: list[int]) -> None:
-    found = estimate(values)
-    assert min(values) - 1e-9 <= found.low <= found.mean + 1e-9
-    assert found.mean - 1e-9 <= found.high <= max(values) + 1e-9
+@pytest.mark.parametrize("n", [2, 3, 5, 15])
+def test_an_interval_leaves_out_a_true_zero_as_rarely_as_it_says(n: int) -> None:
+    drawn = np.random.default_rng(0).standard_normal((4000, n))
+    assert np.mean([verdict(estimate(values)) != "within noise" for values in drawn.tolist()]) == pytest.approx(
+        0.05, abs=0.012 if n <= 11 else 0.02
+    )
+
+
+@given(ACCURACIES)
+def test_no_other_point_of_the_branch_is_better_than_its_front(curve: list) -> None:
+    branch, raised = useful_branch(curve), front(curve)
+    assert [closed for closed, _ in raised] == [closed for closed, _ in branch]
+    assert [other for _, other in raised] == [max(y for x, y in branch if x >= closed) for closed, _ in branch]
 
 
 def test_a_verdict_needs_an_interval_on_one_side_of_zero() -> None:
-    assert verdict(estimate([0.1, 0.2])) == "held"
-    assert verdict(estimate([-0.1, -0.2])) == "not held"
+    assert verdict(estimate([0.19, 0.2])) == "held"
+    assert verdict(estimate([-0.19, -0.2])) == "not held"
     assert verdict(estimate([-0.1, 0.2])) == "within noise"
     assert verdict(estimate([0.1])) == "one seed"
     assert verdict(None) == "cannot be compared"
@@ -121,8 +134,6 @@ def test_what_would_be_trained_is_a_valid_configuration(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_with_other_settings_is_refused(tmp_path: Path) -> None:
-    from applications.openvclip.config import to_dict
-
     (job,), (other,) = (jobs(TRAININGS[:1], (), (10,), tmp_path, more) for more in ((), ("--optimization.epochs", "7")))
     assert isinstance(job, Trained)
     job.folder.path.mkdir(parents=True)
@@ -147,7 +158,8 @@ def made_up() -> Findings:
 
     accuracy = {name: {"10": sets(up), "11": sets(up + 0.01)} for name, up in (("plain", 0.0), ("iwr", 0.02))}
     provenance: dict[str, Any] = {"command": "study", "commits of the runs": ["abc"], "versions": {}, "hardware": {}}
-    return Findings("quick", [10, 11], provenance, {}, accuracy)
+    settings = {"plain": ["--method", "swa"], "iwr": ["--method", "open-vclip"]}
+    return Findings("quick", [10, 11], provenance, settings, {}, accuracy)
 
 
 def test_a_report_says_what_became_of_each_claim(tmp_path: Path) -> None:
@@ -160,7 +172,7 @@ def test_a_report_says_what_became_of_each_claim(tmp_path: Path) -> None:
         in text
     )
     assert "| SWA lifts the curve of fine-tuning | **within noise** | 30 to 60 | +0.0 [+0.0, +0.0]" in text
-    assert "l2" not in text.replace("the l2 penalty", "")  # rows of what was not trained are left out
+    assert "| l2" not in text  # rows of what was not trained are left out
     assert "| IWR + SWA + patch | 40.0 ± 0.0 | 42.5 ± 0.7 |" in text
     assert "| CLIP*, temporal | 20.0 ± 0.0 | 50.0 ± 0.0 |" in text
     assert (tmp_path / "figure-2.png").stat().st_size > 1000
@@ -177,33 +189,69 @@ def test_claims_are_judged_under_other_conditions_and_settings_beside_the_recipe
     schedule, settings = text.index("## With another schedule"), text.index("## With other settings")
     assert schedule < text.index("| IWR adds to SWA, cosine (1 seed) | **one seed** | 30 to 60 | +2.0") < settings
     assert settings < text.index("| max-alpha 0.3 is better than 0.6 | **within noise** | 30 to 60 | +0.0")
-    assert "| IWR + SWA + patch, cosine (1 seed) | 40.0 ± 0.0 | 42.0 ± 0.0 |" in text
+    assert "| IWR + SWA + patch, cosine (1 seed) | 40.0 | 42.0 |" in text
 
 
 def test_runs_whose_folders_are_gone_stay_in_the_findings() -> None:
     hashes = {seed: dict.fromkeys(SETS, "hash") for seed in ("10", "11")}
     earlier, now = (replace(made_up(), protocols=hashes) for _ in range(2))
     made_again = {"plain": {"11": now.accuracy["iwr"]["11"]}}
-    now = replace(now, seeds=[11], protocols={"11": hashes["11"]}, accuracy=made_again)
+    settings = {"plain": now.settings["plain"]}
+    now = replace(now, seeds=[11], settings=settings, protocols={"11": hashes["11"]}, accuracy=made_again)
     earlier = replace(earlier, size="full", provenance=earlier.provenance | {"commits of the runs": ["earlier"]})
-    both = findings.with_earlier(now, earlier)
+    both = findings.together(now, earlier)
     assert (both.size, both.seeds, both.protocols) == ("full", [10, 11], hashes)
+    assert both.settings == earlier.settings
     assert both.provenance["commits of the runs"] == ["abc", "earlier"]
     assert both.accuracy["iwr"] == earlier.accuracy["iwr"]
     assert both.accuracy["plain"] == {"10": earlier.accuracy["plain"]["10"], **made_again["plain"]}
 
 
-@pytest.mark.parametrize("other", ["versions", "hash", "CLIP*"])
+@pytest.mark.parametrize("other", ["versions", "settings", "hash", "CLIP*"])
 def test_runs_that_cannot_be_compared_are_not_put_together(other: str) -> None:
     now, earlier = (replace(made_up(), protocols={"10": dict.fromkeys(SETS, "hash")}) for _ in range(2))
     if other == "versions":
         earlier.provenance["versions"] = {"torch": "1.0"}
+    elif other == "settings":
+        earlier.settings["iwr"] = ["--regularizer.strength", "7"]
     elif other == "hash":
         earlier.protocols["10"]["closed"] = "other"
     else:
         earlier.accuracy["plain"]["10"]["closed"]["CLIP*"] = 0.9
-    with pytest.raises(ValueError, match={"versions": "torch.*1.0", "hash": "seed 10.*other", "CLIP*": "0.9"}[other]):
-        findings.with_earlier(now, earlier)
+    said = {"versions": "torch.*1.0", "settings": "of iwr.*7", "hash": "seed 10.*other", "CLIP*": "0.9"}
+    with pytest.raises(ValueError, match=said[other]):
+        findings.together(now, earlier)
+
+
+def test_a_study_may_be_moved(tmp_path: Path) -> None:
+    few = [t for t in TRAININGS if t.videos_per_class][:1]
+    (job,) = jobs(few, (), (10,), tmp_path / "before")
+    assert isinstance(job, Trained)
+    job.folder.path.mkdir(parents=True)
+    job.folder.write_settings(to_dict(parse(job.arguments)))
+    job.folder.results.write_text("{}")
+    (tmp_path / "before").rename(tmp_path / "after")
+    assert jobs(few, (), (10,), tmp_path / "after")[0].ended()
+
+
+def test_a_mixture_is_made_again_when_a_part_was(tmp_path: Path) -> None:
+    part, mixed = jobs(trainings_of("quick")[1:], (Mixture("by depth", ("iwr",)),), (10,), tmp_path)
+    for path in (part.folder.averaged, mixed.folder.results):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    os.utime(part.folder.averaged, (1, 1))
+    assert mixed.ended()
+    os.utime(part.folder.averaged, (1, mixed.folder.results.stat().st_mtime + 1))
+    assert not mixed.ended()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["--parallel", "0"], "at least one run"), (["--report-only"], "no run in .* has ended")]
+)
+def test_what_cannot_be_done_is_said_at_once(tmp_path: Path, arguments: list[str], said: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main([*arguments, "--runs", str(tmp_path)])
+    assert re.search(said, capsys.readouterr().err)
 
 
 def test_the_shipped_report_is_of_the_shipped_findings() -> None:
