@@ -110,7 +110,7 @@ def costs() -> list[Cost]:
     one_pass = results("one_pass_evaluation")
     together, apart = one_pass["one pass"], one_pass["one by one"]
     figure = f"{together['videos decoded']} videos decoded and not {apart['videos decoded']}; "
-    figure += f"{together['seconds, median']:.2f} s and not {apart['seconds, median']:.1f}"
+    figure += f"{_seconds(together)} and not {_seconds(apart)}"
     what = f"{one_pass['parts']} protocol parts at {len(one_pass['anchor_weights'])} anchor weights in one pass"
     rows.append(Cost(what, figure, f"one by one, {one_pass['videos']} videos", "one_pass_evaluation"))
     training = results("training_throughput")
@@ -130,6 +130,11 @@ def costs() -> list[Cost]:
     return rows
 
 
+def _seconds(found: Mapping[str, Any]) -> str:
+    low, high = found["seconds, from and to"]
+    return f"{found['seconds, median']:.0f} s ({low:.0f} to {high:.0f}, all rounds)"
+
+
 def table(rows: list[Cost]) -> str:
     header = "", "time, or as said: median (quartiles)", "against", "`benchmarks/`"
     cells = ([row.what, row.figure, row.against, f"`{row.script}.py`"] for row in rows)
@@ -145,8 +150,10 @@ def conditions(rows: list[Cost]) -> str:
         hardware = about["hardware"]
         processor = f"{hardware.get('cpu') or hardware['machine']}, {hardware['cores']} cores"
         threads = record.get("torch_threads", hardware.get("threads"))
-        lines.append((f"`{script}.json`", f"`{about['command']}`", about["versions"]["torch"], processor, str(threads)))
-    header = "`benchmarks/results/`", "command", "torch", "processor", "threads"
+        load = f"{record['load_average'][0]:.1f}" if "load_average" in record else record.get("machine", "not recorded")
+        versions = about["versions"]["torch"]
+        lines.append((f"`{script}.json`", f"`{about['command']}`", versions, processor, str(threads), load))
+    header = "`benchmarks/results/`", "command", "torch", "processor", "threads", "load of the machine, this included"
     return "\n".join(markdown_table(header, lines)) + "\n"
 
 
@@ -157,8 +164,8 @@ def limits() -> str:
     attention = results("temporal_attention")
     layer, tower = attention["floor"], attention["floor_of_the_tower"]
     return f"""- **Averages.** An exact sum of many float32 weights needs float64. Reading and writing the sum alone is
-  {quartiles(total)} copies; the rest is casting the weights, a piece at a time. Of torch's kernels for a CPU none
-  does both as fast: the loop over two dtypes takes {quartiles(mixed)} copies. A GPU does it in one.
+  {quartiles(total)} copies; the rest is casting the weights, a piece at a time. torch's own loop over two dtypes
+  takes {quartiles(mixed)} copies.
 - **Attention.** A query sees 2.75 times the keys on average, whose multiplications cost {layer:.2f} in a layer and
   {tower:.2f} in the tower; beyond them there are the scores, 2.75 times as many, and gradients of keys that three
   frames share.
@@ -172,8 +179,8 @@ def page() -> str:
     rows = costs()
     return f"""# Performance
 
-Ratios are of runs side by side in one process, medians and quartiles over rounds; every figure is out of a file of
-`benchmarks/results`, and this page is written by `python benchmarks/quoted.py`.
+Ratios are of runs in turn, one of each contender a round: medians and quartiles over rounds. Every figure of the table
+is out of a file of `benchmarks/results`, and this page is written by `python benchmarks/quoted.py`.
 
 {table(rows)}
 ## What bounds them

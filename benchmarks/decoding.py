@@ -10,7 +10,6 @@ python benchmarks/decoding.py /data/k400/val/clip.mp4 /data/UCF-101/clip.avi
 
 from __future__ import annotations
 
-import platform
 import resource
 import statistics
 import tempfile
@@ -53,7 +52,6 @@ def main(videos: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), runs: i
         "decoding",
         {
             "question": "CPU time of reading frames, and its ratio to a plain decoding from the first frame on",
-            "machine": f"{platform.machine()}; other work ran on it",
             "readers": {name: installed(name) for name in ("av", "decord2", "torchcodec")},
             "runs": runs,
             "videos": results,

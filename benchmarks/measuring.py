@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from applications.openvclip.runs.provenance import commit, versions
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -54,13 +57,16 @@ def save(name: str, results: dict[str, Any]) -> None:
     """Write `results/<name>.json` and print it."""
     described = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
     cpu = next((line.partition(": ")[2] for line in described if line.startswith("model name")), platform.processor())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     record = {
-        "command": " ".join(["python", *sys.orig_argv[1:]]),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "hardware": {"cpu": cpu, "cores": os.cpu_count()},
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "commit": commit(),
+        "versions": versions(),
+        "hardware": {"cpu": cpu, "cores": os.cpu_count(), "memory_gb": round(memory / 1e9, 1)},
+        "load_average": [round(load, 1) for load in os.getloadavg()],  # itself included
         "torch_threads": torch.get_num_threads(),
         "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")} or "default",
-        "seed": 0,
+        "seed": torch.initial_seed(),
         **results,
     }
     RESULTS.mkdir(exist_ok=True)

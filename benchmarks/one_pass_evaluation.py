@@ -5,7 +5,6 @@ python benchmarks/one_pass_evaluation.py
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 if __name__ != "__mp_main__":  # the processes that read videos import this script again, and need none of these
     import av
+    import measuring
     import numpy as np
     import torch
     import tyro
@@ -28,7 +28,6 @@ if __name__ != "__mp_main__":  # the processes that read videos import this scri
     from applications.openvclip.model.precision import Precision
     from applications.openvclip.model.prompts import OBJECT_TEMPLATES
     from applications.openvclip.model.video_encoder import VideoEncoder
-    from applications.openvclip.runs.provenance import provenance
     from applications.openvclip.zeroshot.one_pass import Reading, Scorer, at_weights, look
     from applications.openvclip.zeroshot.passes import plan
     from applications.openvclip.zeroshot.protocols import Protocol, halves
@@ -104,7 +103,6 @@ def main(classes: int = 67, videos_per_class: int = 3, runs: int = 3, workers: i
     )
     result = {
         "question": "one pass over the videos against one by one",
-        "provenance": provenance(),
         "parts": len(parts),
         "anchor_weights": ANCHOR_WEIGHTS,
         "videos": len(whole),
@@ -118,10 +116,7 @@ def main(classes: int = 67, videos_per_class: int = 3, runs: int = 3, workers: i
             b.seconds / a.seconds for a, b in zip(together, apart, strict=True)
         ),
     }
-    path = Path(__file__).parent / "results" / "one_pass_evaluation.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps({name: value for name, value in result.items() if name != "provenance"}, indent=2))
+    measuring.save("one_pass_evaluation", result)
 
 
 def summary(runs: list[Measured]) -> dict[str, object]:

@@ -88,7 +88,6 @@ def load(address: str, pid: int, videos: list[Path], labels: str, *, clients: in
         "failures": failures,
         "p50_s": round(statistics.median(latencies), 2),
         "p95_s": round(latencies[int(0.95 * len(latencies))], 2),
-        "load_average": os.getloadavg(),
         "memory_gb": memories,
     }
 

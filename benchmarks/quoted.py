@@ -28,7 +28,7 @@ PERFORMANCE = ROOT / "docs" / "performance.md"
 def table(results: Results) -> str:
     """The README's table: CLIP*, the fine-tuned weights and the patched ones, the best of each row in bold."""
     final = f"{results.anchor_weight:g}"
-    header = "set", "classes", BASELINE, "fine-tuned, unpatched", f"Open-VCLIP, anchor {final}"
+    header = "set", "classes", BASELINE, "Open-VCLIP, unpatched", f"Open-VCLIP, anchor {final}"
     rows = (_row(result, (BASELINE, "0", final)) for result in results.protocols.values())
     return "\n".join(markdown_table(header, rows)) + "\n"
 

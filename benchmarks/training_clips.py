@@ -43,7 +43,7 @@ def main(videos: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), runs: i
                 "as it is": described(path, runs),
                 "short side 256, a key frame every second": described(small, runs),
             }
-    measuring.save("training_clips", {"machine": "other work ran on it", "runs": runs, "videos": results})
+    measuring.save("training_clips", {"runs": runs, "videos": results})
 
 
 def described(path: Path, runs: int) -> dict[str, float]:

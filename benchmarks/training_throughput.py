@@ -9,7 +9,6 @@ python benchmarks/training_throughput.py --videos /data/k400/val
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import time
@@ -76,7 +75,6 @@ def main(videos: Path | None = None, runs: int = 9, steps: int = 5, workers: int
         "training_throughput",
         {
             "question": "time of the bare loop over the trainer's, and share of time waiting for videos",
-            "load_average": os.getloadavg(),
             "batch": BATCH,
             "micro_batch": MICRO_BATCH,
             "frames": FRAMES,
