@@ -82,16 +82,16 @@ def gather(jobs: Sequence[Job], size: Size) -> Findings:
     for job in jobs:
         results = read_results(job.folder.results)
         protocols = {name.rpartition("/")[2]: result for name, result in results.protocols.items()}
-        seed, made = str(job.seed), results.provenance
+        seed, made = str(job.seed), results.provenance | {"commit": str(results.provenance["commit"])}
         accuracies = {
             name: {scorer: result.mean_std(scorer)[0] for scorer in result.accuracy}
             for name, result in protocols.items()
         }
+        of_runs = {"versions": made["versions"], "hardware": made["hardware"], "commits of the runs": [made["commit"]]}
         one = Findings(
             size,
             [job.seed],
-            gathering
-            | {"versions": made["versions"], "hardware": made["hardware"], "commits of the runs": [made["commit"]]},
+            gathering | of_runs,
             {job.name: job.settings},
             {seed: {name: result.hash for name, result in protocols.items()}},
             {job.name: {seed: accuracies}},

@@ -68,6 +68,7 @@ def markdown(findings: Findings) -> str:
         "\n\n".join(
             [
                 "# The method in miniature",
+                summary(findings, _judged(CLAIMS, there)),
                 made_of(findings),
                 TERMS,
                 "## Claims, at equal closed-set accuracy",
@@ -92,6 +93,16 @@ def markdown(findings: Findings) -> str:
         )
         + "\n"
     )
+
+
+def summary(findings: Findings, of: Sequence[Claim]) -> str:
+    """How many claims became what, and which were settled."""
+    texts: dict[str, list[str]] = {}
+    for claim in of:
+        texts.setdefault(verdict(_gaps(findings, claim, "zero-shot")), []).append(claim.text)
+    said = [f"{len(texts[v])} {v}: {'; '.join(texts[v])}." for v in ("held", "not held") if v in texts]
+    said += [f"{len(texts[v])} {v}." for v in texts if v not in ("held", "not held")]
+    return f"Of {len(of)} claims, at equal closed-set accuracy: {' '.join(said)}"
 
 
 def made_of(findings: Findings) -> str:
@@ -143,7 +154,7 @@ def _judged(claims: Sequence[Claim], there: Sequence[Row]) -> list[Claim]:
 
 def resolution(findings: Findings, of: Sequence[Claim]) -> str:
     """How small a difference the study can see, by these claims."""
-    compared = [gaps(findings.curves(BY_NAME[c.better]), findings.curves(BY_NAME[c.worse])) for c in of]
+    compared = [_gaps(findings, claim, "zero-shot") for claim in of]
     widths = [gap.high - gap.low for gap in compared if gap]
     if not widths:
         return "No methods could be compared."
@@ -159,7 +170,7 @@ def otherwise(findings: Findings, of: Sequence[Claim]) -> str:
     for claim in of:
         better, worse = BY_NAME[claim.better], BY_NAME[claim.worse]
         fronts = ({seed: front(curve) for seed, curve in findings.curves(row).items()} for row in (better, worse))
-        of_sets = (gaps(findings.curves(better, m), findings.curves(worse, m)) for m in (*ZERO_SHOT, "images"))
+        of_sets = (_gaps(findings, claim, measure) for measure in (*ZERO_SHOT, "images"))
         text = claim.text + _fewer(_common(findings, better, worse), findings)
         lines.append([text, *map(_difference, (gaps(*fronts), *of_sets))])
     return "\n".join(markdown_table(("claim", "at least as much closed", *ZERO_SHOT, "images"), lines))
@@ -170,7 +181,7 @@ def claims(findings: Findings, of: Sequence[Claim]) -> str:
     lines = []
     for claim in of:
         better, worse = BY_NAME[claim.better], BY_NAME[claim.worse]
-        at_equal = {m: gaps(findings.curves(better, m), findings.curves(worse, m)) for m in ("zero-shot", *SETS[-1:])}
+        at_equal = {measure: _gaps(findings, claim, measure) for measure in ("zero-shot", *SETS[-1:])}
         fixed = [paired(findings.values(better, m), findings.values(worse, m)) for m in ("closed", "zero-shot")]
         cells = (_difference(e) for e in (*at_equal.values(), *fixed))
         where = _overlap(findings.curves(better), findings.curves(worse))
@@ -178,6 +189,10 @@ def claims(findings: Findings, of: Sequence[Claim]) -> str:
         lines.append([text, f"**{verdict(at_equal['zero-shot'])}**", where, *cells])
     head = ("claim", "", "compared at closed", "zero-shot, equal closed", "out of context, equal closed")
     return "\n".join(markdown_table((*head, f"closed at {PATCH:g}", f"zero-shot at {PATCH:g}"), lines))
+
+
+def _gaps(findings: Findings, claim: Claim, measure: str) -> Estimate | None:
+    return gaps(*(findings.curves(BY_NAME[name], measure) for name in (claim.better, claim.worse)))
 
 
 def _common(findings: Findings, a: Row, b: Row) -> Collection[int]:
