@@ -133,3 +133,19 @@ def test_a_run_is_not_written_over_itself_and_only_runs_are_given_away(run: Path
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
     with pytest.raises(ValueError, match=r"only a run can be given away.*this is miniature"):
         Classifier.load(model="miniature").save_pretrained(tmp_path / "given")
+
+
+def test_a_run_that_has_not_ended_is_not_given_away(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    loaded = Classifier.load(run).loaded
+    RunFolder(run).averaged.unlink()
+    monkeypatch.setattr("applications.openvclip.inference.classifier.load", lambda *_: loaded)  # as of a checkpoint
+    monkeypatch.setattr(hub_mixin, "HfApi", lambda **_: pytest.fail("the hub was asked"))
+    for more in (["--folder", str(tmp_path / "given")], []):
+        with pytest.raises(SystemExit, match="2"):
+            main(["push", str(run), "me/mine", *more])
+        said = capsys.readouterr().err
+        assert f"{run} has not ended" in said
+        assert f"`openvclip train --resume {run}`" in said
+    assert not (tmp_path / "given").exists()

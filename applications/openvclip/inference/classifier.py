@@ -112,11 +112,16 @@ class Classifier(ModelHubMixin):
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Write the run for others: settings, weights, results, and a card (`hub.write_folder`)."""
-        folder = self.loaded.folder
-        if folder is not None and Path(save_directory).resolve() == folder.path.resolve():
+        folder = hub.ended_run(self.loaded)
+        if Path(save_directory).resolve() == folder.path.resolve():
             # the mixin begins by deleting the settings that are there
             raise ValueError(f"{save_directory} is the run itself; write what is for others somewhere else.")
         return super().save_pretrained(save_directory, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes."""
+        hub.ended_run(self.loaded)  # or a repository is made first
+        return super().push_to_hub(repo_id, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         hub.write_folder(self.loaded, save_directory)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from applications.openvclip.config import from_dict, to_dict
-from applications.openvclip.inference.loading import Loaded
+from applications.openvclip.inference.loading import Loaded, goes_on
 from applications.openvclip.runs.folder import RunFolder
 from applications.openvclip.runs.texts import write_text
 from applications.openvclip.runs.weights import load_weights, save_weights
@@ -29,11 +29,9 @@ def write_folder(loaded: Loaded, folder: Path) -> None:
     Neither the training state nor the logits go along. Pretrained weights that are a file here do.
 
     Raises:
-        ValueError: The model is no run, so that nothing tells what it is; or the folder is the run's own.
+        ValueError: The folder is the run's own; or as `ended_run`.
     """
-    run = loaded.folder
-    if run is None or loaded.theta is None:
-        raise ValueError(f"only a run can be given away, with its settings and results; this is {loaded.model.name}.")
+    run = ended_run(loaded)
     if folder.resolve() == run.path.resolve():
         raise ValueError(f"{folder} is the run itself; write what is for others somewhere else.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,6 +46,23 @@ def write_folder(loaded: Loaded, folder: Path) -> None:
         if getattr(run, name).exists():
             shutil.copyfile(getattr(run, name), getattr(there, name))
     write_text(folder / "README.md", card(loaded, to_dict(config)))
+
+
+def ended_run(loaded: Loaded) -> RunFolder:
+    """The run that a model is, which has left its weights.
+
+    Raises:
+        ValueError: The model is no run, so that nothing tells what it is; or the run has not ended.
+    """
+    run = loaded.folder
+    if run is None or loaded.theta is None:
+        raise ValueError(f"only a run can be given away, with its settings and results; this is {loaded.model.name}.")
+    if goes_on(run):
+        raise ValueError(
+            f"{run.path} has not ended, and only a run that has can be given away: `openvclip train --resume "
+            f"{run.path}` goes on with it, and with --finish ends it where it is."
+        )
+    return run
 
 
 def card(loaded: Loaded, settings: Mapping[str, Any]) -> str:
