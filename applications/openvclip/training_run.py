@@ -21,6 +21,7 @@ from applications.openvclip.config import (
     Config,
     InTrainingConfig,
     Method,
+    free,
     to_dict,
 )
 from applications.openvclip.data.loader import MicroBatch, TrainingOrder, micro_batches
@@ -83,6 +84,8 @@ def run(config: Config) -> Run:
         raise ValueError(f"--data.train: {config.model.name} needs videos to train on, a folder or a list of them.")
     check(training_ranges(config))
     check(evaluation_ranges(config, "evaluation.", "data."))
+    if config.output is not None:
+        RunFolder(config.output).changes(to_dict(config), free(config))
     precision = Precision(m.precision, distributed.device())
     source = distributed.first_alone_first(lambda: clip(config.model))
     training_set = distributed.first_alone_first(

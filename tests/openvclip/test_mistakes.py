@@ -9,7 +9,9 @@ import pytest
 
 from applications.openvclip.__main__ import is_mistake, main
 from applications.openvclip.commands import train
+from applications.openvclip.config import to_dict
 from applications.openvclip.data.manifest import Manifest
+from applications.openvclip.runs.folder import RunFolder
 from tests.openvclip.test_commands import arguments
 
 
@@ -67,6 +69,17 @@ def test_a_wrong_setting_is_named_before_the_first_video(
     monkeypatch.setattr("applications.openvclip.miniature.tasks.prepare", lambda seed: {"train": None})
     assert said in refused(["train", *arguments(small_world, tmp_path / "run", *setting)], capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_another_seed_is_refused_before_its_videos_are_made(
+    small_world: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.checkpoints.mkdir(parents=True)
+    folder.write_settings(to_dict(train.parse(arguments(small_world, folder.path))))
+    monkeypatch.setattr("applications.openvclip.training_run.data_set", lambda *_, **__: pytest.fail("videos are made"))
+    said = refused(["train", "--resume", str(folder.path), "--seed", "5"], capsys)
+    assert "a run of another configuration (seed: 0, now 5)" in said
 
 
 def test_tensorboard_that_is_not_installed_is_named_with_what_installs_it(

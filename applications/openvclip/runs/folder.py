@@ -129,23 +129,31 @@ class RunFolder:
             FileExistsError: The folder holds something else: a finished run, one of another configuration, or no run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        changed: list[str] = []
         if self.config.exists():
             if self.results.exists() and not goes_on:
                 raise FileExistsError(
                     f"{self.path} holds a finished run; more --optimization.epochs train it further, if the schedule "
                     f"is constant; `openvclip evaluate {self.path}` evaluates it again; another --output trains anew."
                 )
-            if self.checkpoints.exists():
-                changed = differences(self.read_settings(), settings)
-            bound = [text for text in changed if not text.startswith(tuple(free))]
-            if bound:
-                raise FileExistsError(
-                    f"{self.path} holds a run of another configuration ({', '.join(bound)}), and a run keeps to its "
-                    "own; leave these settings as they were, or begin a new run in another --output."
-                )
         elif any(path.name != ".lock" for path in self.path.iterdir()):
             raise FileExistsError(f"{self.path} is not empty and holds no run; choose another --output.")
+        return self.changes(settings, free)
+
+    def changes(self, settings: dict[str, Any], free: Collection[str] = ()) -> list[str]:
+        """The free settings that differ from those of the run so far; none as long as nothing has been learnt.
+
+        Raises:
+            FileExistsError: Settings differ that are not free.
+        """
+        if not (self.config.exists() and self.checkpoints.exists()):
+            return []
+        changed = differences(self.read_settings(), settings)
+        bound = [text for text in changed if not text.startswith(tuple(free))]
+        if bound:
+            raise FileExistsError(
+                f"{self.path} holds a run of another configuration ({', '.join(bound)}), and a run keeps to its own; "
+                "leave these settings as they were, or begin a new run in another --output."
+            )
         return changed
 
     def write_settings(self, settings: dict[str, Any]) -> None:
