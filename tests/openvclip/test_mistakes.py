@@ -82,6 +82,13 @@ def test_another_seed_is_refused_before_its_videos_are_made(
     assert "a run of another configuration (seed: 0, now 5)" in said
 
 
+def test_a_misspelt_protocol_is_named_before_weights_are_fetched(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("applications.openvclip.build.clip", lambda *_: pytest.fail("weights were asked for"))
+    assert "'foo/EP9' is not a protocol" in refused(["evaluate", "--protocols", "foo/EP9"], capsys)
+
+
 def test_tensorboard_that_is_not_installed_is_named_with_what_installs_it(
     small_world: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

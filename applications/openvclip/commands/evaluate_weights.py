@@ -46,6 +46,7 @@ def evaluate_weights(options: OfWeights) -> None:
     data = DataConfig(workers=options.workers, time_limit_s=options.time_limit_s)
     config = Config("evaluation", model=options.model, data=data, evaluation=options.evaluation)
     check(evaluation_ranges(config))
+    protocols = build.protocols(config, ())  # a mistake is found before weights are fetched
     loaded = loading.of_file(options.weights, config.model) if options.weights else loading.of_model(config.model)
     if loaded.patched and any(config.evaluation.anchor_weights):
         Console().print(loading.twice(str(options.weights)), soft_wrap=True)
@@ -53,7 +54,7 @@ def evaluate_weights(options: OfWeights) -> None:
         told = f"{options.weights} is a checkpoint of the published code: evaluated with edge={loaded.model.edge}."
         Console().print(told, soft_wrap=True)
         config = replace(config, model=loaded.model)
-    evaluation = build.evaluation(loaded.source, config, build.protocols(config, ()))
+    evaluation = build.evaluation(loaded.source, config, protocols)
     folder = RunFolder(options.output)
     with alone_in(folder):
         report(folder, evaluation(loaded.anchor, loaded.theta, folder.logits), to_dict(config))
