@@ -188,8 +188,10 @@ def test_weights_of_another_architecture_are_named(clip: CLIP, tmp_path: Path) -
 
 
 def test_names_and_tags_that_do_not_exist_are_named() -> None:
-    with pytest.raises(ValueError, match="'ViT-B-61' is neither 'miniature' nor a model of open_clip"):
+    with pytest.raises(ValueError, match=r"'ViT-B-61' is neither 'miniature' nor a model of open_clip; near: ViT-B-16"):
         pretrained.load("ViT-B-61", "openai", CPU)
+    with pytest.raises(ValueError, match=r"'foo' is neither 'miniature' nor a model of open_clip\.$"):
+        pretrained.load("foo", "openai", CPU)
     with pytest.raises(ValueError, match=r"ViT-B-16 needs weights, a file or one of open_clip's tags \(openai"):
         pretrained.load("ViT-B-16", None, CPU)
     with pytest.raises(ValueError, match="'opanai' is neither a file nor one of open_clip's tags for ViT-B-16"):

@@ -37,7 +37,8 @@ def load(name: str, pretrained: str | None, device: torch.device) -> PretrainedC
     """
     if name not in open_clip.list_models():
         near = difflib.get_close_matches(name, ["miniature", *open_clip.list_models()])
-        raise ValueError(f"model.name: {name!r} is neither 'miniature' nor a model of open_clip; near: {near}.")
+        told = f"; near: {', '.join(near)}" if near else ""
+        raise ValueError(f"model.name: {name!r} is neither 'miniature' nor a model of open_clip{told}.")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not pretrained:
         raise ValueError(
