@@ -1,7 +1,8 @@
 """The console script: `openvclip VERB …`.
 
 Exit codes: 0 done, 1 a video that `predict` could not read, or a fault of this program with its traceback, 2 bad input
-with one message, 130 interrupted, 141 nobody reads what is printed any more.
+with one message, 130 interrupted (but 0 where `train` is, once it has begun: it says how it goes on), 141 nobody reads
+what is printed any more.
 """
 
 from __future__ import annotations
