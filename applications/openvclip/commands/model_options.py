@@ -54,11 +54,16 @@ class ModelOptions:
         """The model, loaded.
 
         Raises:
-            ValueError: Both a run and weights are given.
+            ValueError: Both a run and weights are given, a run and a model, or an empty path.
         """
         from applications.openvclip.inference.classifier import Classifier
         from applications.openvclip.model.prompts import TEMPLATES
 
+        for option, path in (("--run", self.run), ("--weights", self.weights)):
+            if path == "":
+                raise ValueError(
+                    f"{option}: the path is empty, as of a variable that is not set; give one, or no {option}."
+                )
         if self.run and self.weights:
             raise ValueError(f"--run {self.run} and --weights {self.weights}: a run has weights of its own; give one.")
         named = TEMPLATES.get(self.templates[0]) if len(self.templates) == 1 else None
