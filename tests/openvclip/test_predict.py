@@ -108,6 +108,11 @@ def test_the_table_has_the_best_labels_and_json_all(
         (["--labels", "cloud", "--run", "x", "--weights", "y"], "a run has weights of its own"),
         (["--labels", "cloud", "--run", ""], "--run: the path is empty"),
         (["--labels", "cloud", "--weights", ""], "--weights: the path is empty"),
+        (
+            ["--labels", "cloud", "--run", "x", "--model.name", "ViT-B-32"],
+            "--run x and --model.name ViT-B-32: a run has",
+        ),
+        (["--labels", "cloud", "--model.pretrained", "openai"], "--model.pretrained openai: the miniature has weights"),
         (["--labels", "cloud", "--anchor-weight", "0.5"], "there are no fine-tuned weights, so it is 1, got 0.5"),
         (["--labels", "cloud", "--multi-label"], "several: at anchor weight 1 there is no calibration of this model"),
         (["--labels", "cloud", "--multi-label", "--window", "2s"], "along its time a video shows one label at a time"),

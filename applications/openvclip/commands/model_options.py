@@ -66,6 +66,10 @@ class ModelOptions:
                 )
         if self.run and self.weights:
             raise ValueError(f"--run {self.run} and --weights {self.weights}: a run has weights of its own; give one.")
+        left = vars(ModelConfig())
+        given = [f"--model.{name} {value}" for name, value in vars(self.model).items() if value != left[name]]
+        if self.run and given:
+            raise ValueError(f"--run {self.run} and {' '.join(given)}: a run has a model of its own; give one.")
         named = TEMPLATES.get(self.templates[0]) if len(self.templates) == 1 else None
         return Classifier.load(
             self.run or self.weights,

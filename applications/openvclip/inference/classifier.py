@@ -93,10 +93,16 @@ class Classifier(ModelHubMixin):
             templates: Sentences that labels are put into; by default the run's, and the published ones for a file.
 
         Raises:
-            ValueError: `source` is a file and `model` is missing, or a setting is out of its range.
+            ValueError: `source` is a file and `model` is missing, `pretrained` is given for the miniature, or a
+                setting is out of its range.
         """
         if model is None and source is None:
             raise ValueError("a classifier needs a source or a model: Classifier.load(model='miniature') is the least.")
+        if model == "miniature" and pretrained is not None:
+            raise ValueError(
+                f"--model.pretrained {pretrained}: the miniature has weights of its own; say whose weights these are, "
+                "such as --model.name ViT-B-16."
+            )
         loaded = load(source, ModelConfig(model or "", pretrained, edge))
         if loaded.patched and anchor_weight:
             warnings.warn(twice(str(source)), stacklevel=2)
