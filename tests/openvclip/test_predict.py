@@ -16,10 +16,12 @@ from PIL import Image
 
 from applications.openvclip import Classifier
 from applications.openvclip.__main__ import main
+from applications.openvclip.data import storage
 from applications.openvclip.data.decode import Video
 from applications.openvclip.data.manifest import read_manifest
 from applications.openvclip.data.storage import Cache
 from applications.openvclip.inference.labels import read_labels
+from applications.openvclip.inference.many import find_videos
 from applications.openvclip.inference.windows import Place, Windows, seconds
 from tests.openvclip.files import cut_off, numbered, numbers, write_video
 
@@ -94,6 +96,26 @@ def test_the_table_has_the_best_labels_and_json_all(
     assert video in lines[1]
     assert video not in lines[2]
     assert [line.split()[-1] for line in lines[1:]] == [f"{100 * p:.1f}" for _, p in best]
+
+
+def test_a_url_that_cannot_be_opened_is_a_row(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(str(folder / "a.mp4"), "foo://y.mp4", "--labels", "cloud", "--csv") == 1
+    seen, not_opened = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert (seen["rank"], seen["fault"]) == ("1", "")
+    assert (not_opened["video"], not_opened["rank"]) == ("foo://y.mp4", "")
+    assert "Protocol not known: foo" in not_opened["fault"]
+
+
+def test_what_a_server_says_that_is_no_error_of_the_system_costs_no_other_video(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class NoCredentialsError(Exception): ...
+
+    def refuse(source: str) -> bool:
+        raise NoCredentialsError
+
+    monkeypatch.setattr(storage, "is_folder", refuse)
+    assert find_videos(["s3://bucket/a.mp4", "b.mp4"]) == ["s3://bucket/a.mp4", "b.mp4"]
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def find_videos(sources: Iterable[str]) -> list[str]:
 def _is_folder(source: str) -> bool:
     try:
         return storage.is_folder(source)
-    except OSError:  # a server that can't be reached, say; reading it says so, and costs the other videos nothing
+    except Exception:  # noqa: BLE001 no server or credentials, say; reading it says so, and costs no other video anything
         return False
 
 
