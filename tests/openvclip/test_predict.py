@@ -135,6 +135,7 @@ def test_what_a_server_says_that_is_no_error_of_the_system_costs_no_other_video(
             "--run x and --model.name ViT-B-32: a run has",
         ),
         (["--labels", "cloud", "--model.pretrained", "openai"], "--model.pretrained openai: the miniature has weights"),
+        (["--labels", "absent.csv"], "absent.csv: no such file"),
         (["--labels", "cloud", "--anchor-weight", "0.5"], "there are no fine-tuned weights, so it is 1, got 0.5"),
         (["--labels", "cloud", "--multi-label"], "several: at anchor weight 1 there is no calibration of this model"),
         (["--labels", "cloud", "--multi-label", "--window", "2s"], "along its time a video shows one label at a time"),

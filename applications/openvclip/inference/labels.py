@@ -52,7 +52,7 @@ def read_labels(text: str) -> dict[str, list[str]]:
         FileNotFoundError: The text ends as a file does, and there is none.
         ValueError: JSON that is neither.
     """
-    if not text.lower().endswith((".txt", ".json")) and not os.path.isfile(text):
+    if not text.lower().endswith((".txt", ".csv", ".json")) and not os.path.isfile(text):
         return classes_of(text.split(","))
     content = storage.read_text(text)
     if not text.lower().endswith(".json"):
