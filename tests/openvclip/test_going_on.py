@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from applications.openvclip import evaluate, train
+from applications.openvclip import Classifier, evaluate, train
+from applications.openvclip.commands.model_options import notice
 from applications.openvclip.runs.journal import read_journal
 from applications.openvclip.training.checkpoints import Checkpoints
 from tests.openvclip.test_commands import arguments
@@ -98,6 +99,9 @@ def test_a_stopped_run_is_evaluated_and_finished_where_it_is(
     evaluate.main([str(stopped)])
     assert "has not ended: evaluated is what it had at its last checkpoint, step 8." in capsys.readouterr().out
     assert accuracies(stopped) == accuracies(ended)
+    told = f"{stopped} has not ended: what answers is what it had at its last checkpoint, step 8."
+    assert told in (notice(Classifier.load(stopped)) or "")
+    assert "has not ended" not in (notice(Classifier.load(ended)) or "")
     train.main(["--resume", str(stopped), "--finish"])
     assert "the run ends at step 8 of 12, with a mean of " in capsys.readouterr().out
     assert_same(ended, stopped)

@@ -82,5 +82,11 @@ class ModelOptions:
 
 
 def notice(classifier: Classifier) -> str | None:
-    """What to say of a toy model, before what it answers."""
-    return TOY if classifier.loaded.model.name == "miniature" else None
+    """What to say of a toy model and of a run that has not ended, before what they answer."""
+    from applications.openvclip.inference.loading import goes_on
+
+    loaded, told = classifier.loaded, []
+    if loaded.folder and goes_on(loaded.folder):
+        step = loaded.metadata["step"]
+        told = [f"{loaded.folder.path} has not ended: what answers is what it had at its last checkpoint, step {step}."]
+    return "\n".join(told + [TOY] * (loaded.model.name == "miniature")) or None
