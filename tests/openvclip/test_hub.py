@@ -53,6 +53,7 @@ def test_a_run_that_is_given_away_gives_the_same_answers(
     assert {p.name for p in given.iterdir()} == {"config.json", "averaged.safetensors", "results.json", "README.md"}
     manifest = read_manifest(small_world["zs_object"])
     shutil.move(run, tmp_path / "gone")
+    assert 'Classifier.from_pretrained("me/mine")' in (given / "README.md").read_text()
     there = Classifier.from_pretrained(given)
     assert there.anchor_weight == 0.5
     expected = Classifier.load(tmp_path / "gone").classify(manifest.location(0), manifest.classes)
@@ -82,6 +83,7 @@ def test_an_upload_is_what_a_folder_would_be(run: Path, monkeypatch: pytest.Monk
 
         def upload_folder(self, *, repo_id: str, folder_path: Path, **options: object) -> str:
             uploaded[repo_id] = {path.name for path in folder_path.iterdir()}
+            assert f'Classifier.from_pretrained("{repo_id}")' in (folder_path / "README.md").read_text()
             return "https://hub.example/commit/1"
 
     monkeypatch.setattr(hub_mixin, "HfApi", Hub)

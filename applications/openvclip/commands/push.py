@@ -40,7 +40,7 @@ def push(
         raise FileNotFoundError(f"{run}: no such folder; a run is one.")
     classifier = Classifier.load(run)
     if folder is not None:
-        classifier.save_pretrained(folder)
+        classifier.save_pretrained(folder, repo_id=name)
         place = str(folder)
     else:
         try:

@@ -65,6 +65,7 @@ class Classifier(ModelHubMixin):
         self._theta = self._anchor if loaded.theta is None else distributed.here(loaded.theta)
         self._embeddings: dict[tuple[LabelSet, tuple[str, ...]], Tensor] = {}
         self._lock = threading.RLock()
+        self._name = "OWNER/NAME"  # on the hub, once it is known
         self.anchor_weight = loaded.anchor_weight
 
     @classmethod
@@ -122,15 +123,17 @@ class Classifier(ModelHubMixin):
         if Path(save_directory).resolve() == folder.path.resolve():
             # the mixin begins by deleting the settings that are there
             raise ValueError(f"{save_directory} is the run itself; write what is for others somewhere else.")
+        self._name = options.get("repo_id") or self._name
         return super().save_pretrained(save_directory, **options)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes."""
         hub.ended_run(self.loaded)  # or a repository is made first
+        self._name = repo_id
         return super().push_to_hub(repo_id, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        hub.write_folder(self.loaded, save_directory)
+        hub.write_folder(self.loaded, save_directory, self._name)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> Classifier:

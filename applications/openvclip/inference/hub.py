@@ -23,7 +23,7 @@ _LICENCES = {"openai": ("mit", "OpenAI's, MIT"), None: ("mit", "that of this pac
 ANCHOR = "anchor.safetensors"
 
 
-def write_folder(loaded: Loaded, folder: Path) -> None:
+def write_folder(loaded: Loaded, folder: Path, name: str) -> None:
     """What others need of a run: it loads from there as it does from its own folder.
 
     Neither the training state nor the logits go along. Pretrained weights that are a file here do.
@@ -42,10 +42,10 @@ def write_folder(loaded: Loaded, folder: Path) -> None:
         save_weights(folder / ANCHOR, whole | loaded.anchor, {"content": "the pretrained weights"})
         config = replace(config, model=replace(config.model, pretrained=ANCHOR))
     write_text(there.config, json.dumps(to_dict(config), indent=2) + "\n")
-    for name in ("averaged", "results", "markdown", "plot", "calibration"):
-        if getattr(run, name).exists():
-            shutil.copyfile(getattr(run, name), getattr(there, name))
-    write_text(folder / "README.md", card(loaded, to_dict(config)))
+    for kind in ("averaged", "results", "markdown", "plot", "calibration"):
+        if getattr(run, kind).exists():
+            shutil.copyfile(getattr(run, kind), getattr(there, kind))
+    write_text(folder / "README.md", card(loaded, to_dict(config), name))
 
 
 def ended_run(loaded: Loaded) -> RunFolder:
@@ -65,12 +65,13 @@ def ended_run(loaded: Loaded) -> RunFolder:
     return run
 
 
-def card(loaded: Loaded, settings: Mapping[str, Any]) -> str:
+def card(loaded: Loaded, settings: Mapping[str, Any], name: str) -> str:
     """The model card of a run, made from what the run wrote.
 
     Args:
         loaded: The run.
         settings: Its configuration, as plain values.
+        name: Of the model on the hub.
     """
     run = loaded.folder
     assert run is not None
@@ -97,7 +98,8 @@ Weng et al., [Open-VCLIP](https://arxiv.org/abs/2302.00624) (ICML 2023). It scor
 ```python
 from applications.openvclip import Classifier  # pip install '.[openvclip]' in a clone of interpolate
 
-classifier = Classifier.from_pretrained("OWNER/NAME")  # anchor weight {loaded.anchor_weight:g}; any other can be set
+classifier = Classifier.from_pretrained({json.dumps(name)})
+classifier.anchor_weight = {loaded.anchor_weight:g}  # as it is anyway; any other in [0, 1] can be set
 classifier.classify("clip.mp4", {json.dumps(trained[:2])})  # any labels
 ```
 
