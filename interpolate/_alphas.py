@@ -11,6 +11,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from interpolate.weights import whole
+
 
 class AlphaSequence:
     """Alphas drawn from U(0, max_alpha), each a function of (seed, step, index) alone, the index being the rank.
@@ -23,7 +25,7 @@ class AlphaSequence:
 
     def __init__(self, max_alpha: float, seed: int, *, shared: bool) -> None:
         self.max_alpha = max_alpha
-        self.seed = seed
+        self.seed = whole("seed", seed)
         self.step = 0
         """How many steps have ended."""
         self._shared = shared
@@ -31,6 +33,11 @@ class AlphaSequence:
         self._held = False
         self._in_optimizer = False
         self._drawn_in_optimizer = False
+        _follow_optimizers(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy follows the optimizers as the original does."""
+        self.__dict__.update(state)
         _follow_optimizers(self)
 
     @property

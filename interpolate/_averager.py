@@ -17,7 +17,16 @@ from interpolate._strategies import without_gradient
 from interpolate._unmixable import check_mixable
 from interpolate.batchnorm import reestimate_batchnorm
 from interpolate.errors import WeightMismatchError
-from interpolate.weights import check_match, listed, mixing_precision, persistent_buffers, put, trainable_weights
+from interpolate.weights import (
+    check_match,
+    check_there,
+    listed,
+    mixing_precision,
+    persistent_buffers,
+    put,
+    trainable_weights,
+    whole,
+)
 
 T = TypeVar("T")
 
@@ -69,21 +78,18 @@ class WeightAverager(ABC):
         averaged_buffers: Sequence[str] = (),
         device: torch.device | str | None = None,
     ) -> None:
-        if start_step < 0:
-            raise ValueError(f"start_step must not be negative, got {start_step}.")
-        if cycle_steps < 1:
-            raise ValueError(f"cycle_steps must be at least 1, got {cycle_steps}.")
         if start_at not in (None, "anchor"):
             raise ValueError(f"start_at must be 'anchor' or None, got {start_at!r}.")
         self.model = model
-        self.start_step = start_step
-        self.cycle_steps = cycle_steps
+        self.start_step = whole("start_step", start_step, at_least=0)
+        self.cycle_steps = whole("cycle_steps", cycle_steps, at_least=1)
         self.device = None if device is None else torch.device(device)
         self.step = 0
         """Updates so far."""
         self.n_averaged = 0
         """Snapshots taken so far."""
         check_mixable(trainable_weights(model))
+        check_there(trainable_weights(model))
         self._averaged_buffers = _fitting(averaged_buffers, persistent_buffers(model))
         tensors = self._tensors()
         for place in {self.device or p.device for p in tensors.values()}:

@@ -194,8 +194,7 @@ def choose_strategy(model: nn.Module, theta: Parameters, wanted: str | None, *, 
         raise ValueError(f"strategy='functional' would be wrong: {obstacle}. Use strategy='in_place'.")
     strategy = wanted or ("functional" if obstacle is None else "in_place")
     if strategy == "in_place":
-        hooked = [name for name, p in theta.items() if getattr(p, "_post_accumulate_grad_hooks", None)]
-        if hooked:
+        if hooked := _hooked(theta, "_post_accumulate_grad_hooks"):
             raise ValueError(
                 f"strategy='in_place' would run the post-accumulate-grad hooks of {listed(hooked)} while the model "
                 f"holds the interpolated weights ({obstacle or 'as asked'}). Step the optimizer after backward instead."
@@ -206,6 +205,20 @@ def choose_strategy(model: nn.Module, theta: Parameters, wanted: str | None, *, 
                 f"({obstacle or 'as asked'}). Set static_graph=False."
             )
     return strategy
+
+
+def check_hooks(theta: Parameters, strategy: str) -> None:
+    """Raise `RuntimeError` where a strategy is wrong for hooks that parameters have got since it was chosen."""
+    for attribute, wrong, kind in (
+        ("_backward_hooks", "functional", "gradient hooks, which would not see gradients at the interpolated weights"),
+        ("_post_accumulate_grad_hooks", "in_place", "post-accumulate-grad hooks, which would see interpolated weights"),
+    ):
+        if strategy == wrong and (hooked := _hooked(theta, attribute)):
+            raise RuntimeError(f"{listed(hooked)}: {kind}. Register them before the regularizer is made.")
+
+
+def _hooked(theta: Parameters, attribute: str) -> list[str]:
+    return [name for name, p in theta.items() if getattr(p, attribute, None)]
 
 
 def _check_wrappers(model: nn.Module) -> None:
@@ -225,8 +238,7 @@ def _obstacle_to_functional(model: nn.Module, theta: Parameters) -> str | None:
     sharded = [name for name, p in theta.items() if is_sharded(p)]
     if sharded:
         return f"torch.func.functional_call ignores the weights given for sharded parameters ({listed(sharded)})"
-    hooked = [name for name, p in theta.items() if getattr(p, "_backward_hooks", None)]
-    if hooked:
+    if hooked := _hooked(theta, "_backward_hooks"):
         return f"gradient hooks of parameters ({listed(hooked)}) would not see gradients at the interpolated weights"
     if scripted := _scripted(model):
         return f"TorchScript ({scripted}) keeps its weights out of reach"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from interpolate._averager import WeightAverager, in_parts
 from interpolate._sharding import local
 from interpolate.kernels import EMA, OfRun, RunningKernel, Uniform
+from interpolate.weights import whole
 
 _HEAVIEST = 2.0**60
 """Total weight at which a sum is scaled down, far from where float64 would overflow."""
@@ -138,9 +139,7 @@ class LAWAAverager(WeightAverager):
     """
 
     def __init__(self, model: nn.Module, k: int = 6, **schedule: Any) -> None:
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}.")
-        self._n_sets = k
+        self._n_sets = whole("k", k, at_least=1)
         super().__init__(model, **schedule)
 
     def _kept_dtype(self, p: Tensor) -> torch.dtype:

@@ -16,6 +16,7 @@ from interpolate._strategies import (
     CHECKPOINTED,
     STRATEGIES,
     call_at,
+    check_hooks,
     choose_strategy,
     has_reentrant_checkpoint,
     without_gradient,
@@ -23,7 +24,7 @@ from interpolate._strategies import (
 from interpolate._theta_only import ThetaOnly
 from interpolate.errors import WeightMismatchError
 from interpolate.pulling import pull_tensors
-from interpolate.weights import Weights, check_match, listed, trainable_weights
+from interpolate.weights import Weights, check_match, check_there, listed, trainable_weights
 
 T = TypeVar("T")
 
@@ -127,6 +128,8 @@ class InterpolatedWeightRegularizer(AlphaSequence):
         self.anchor: dict[str, Tensor] = {n: self._kept(anchor[n].detach(), p).clone() for n, p in shared.items()}
         """The weights to stay near, by name; in the dtype, on the device and in the shards of the model's, unless there
         is a device for them."""
+        if self.anchor_device is None:
+            check_there(self.anchor)
         if sharded and alpha_per_rank:
             raise ValueError("alpha_per_rank=True is wrong where weights are sharded: they make one set of weights.")
         super().__init__(max_alpha, seed, shared=sharded if alpha_per_rank is None else not alpha_per_rank)
@@ -292,6 +295,7 @@ class InterpolatedWeightRegularizer(AlphaSequence):
         theta = trainable_weights(self.model)
         if self.strategy == "functional" and any(map(is_sharded, theta.values())):
             raise RuntimeError("the model has been sharded since the regularizer was made; make it after fully_shard.")
+        check_hooks(theta, self.strategy)
         shared = self._parts.shared(theta)
         check_match(shared, self.anchor)
         self.anchor = {name: self._kept(self.anchor[name], p) for name, p in shared.items()}
@@ -355,6 +359,8 @@ def _check_anchor(theta: Weights, anchor: Weights) -> None:
 
 def _accumulate(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple, factor: float) -> Tensor:
     loss = loss_fn(model, *batch)
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss_fn must return the loss, a tensor with one element, got {type(loss).__name__}.")
     (loss if factor == 1 else factor * loss).backward()
     return loss.detach()
 

@@ -40,7 +40,7 @@ from interpolate.atomic import replaced_path
 from interpolate.checkpoints import Checkpoint
 from interpolate.errors import CheckpointError
 from interpolate.kernels import Kernel, RunningKernel
-from interpolate.weights import listed
+from interpolate.weights import listed, whole
 
 
 class Snapshots:
@@ -68,10 +68,8 @@ class Snapshots:
     """
 
     def __init__(self, folder: Path, *, every: int = 1) -> None:
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}.")
         self.folder = os.fspath(folder).rstrip("/")
-        self.every = every
+        self.every = whole("every", every, at_least=1)
 
     @torch.no_grad()
     def update(self, source: nn.Module | WeightAverager, step: int) -> None:

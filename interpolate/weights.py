@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ Weights = Mapping[str, Tensor]
 """Named tensors, as `state_dict()` and `named_parameters()` give them."""
 
 _LISTED = 3
+_WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def trainable_weights(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -62,19 +64,40 @@ def check_match(
         )
 
 
+def check_there(weights: Weights) -> None:
+    """Raise `ValueError` for weights of a module that is yet to be filled."""
+    empty = [name for name, tensor in weights.items() if tensor.is_meta]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} weights ({listed(empty)}) are on the meta device, without values. First fill the module: "
+            "module.to_empty(device=…), then its weights."
+        )
+
+
+def whole(name: str, value: Any, at_least: int | None = None) -> int:
+    """A count as Python's int; `ValueError` unless it is a whole number, which 700.0 is not, and large enough."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}.") from None
+    if at_least is not None and number < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {number}.")
+    return number
+
+
 def check_coefficient(name: str, value: Any, *, extrapolate: bool = False, of: str = "the anchor") -> float:
     """The weight of the anchor as Python's number; `ValueError` unless it is in [0, 1], which nan is not.
 
     Args:
-        extrapolate: Let it be any finite number.
+        extrapolate: Let it be any number that float32 has.
         of: What it weighs.
     """
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not (math.isfinite(number) if extrapolate else 0 <= number <= 1):
-        allowed = "finite" if extrapolate else "in [0, 1]"
+    if not (abs(number) <= torch.finfo(torch.float32).max if extrapolate else 0 <= number <= 1):
+        allowed = "finite, in float32 too" if extrapolate else "in [0, 1]"
         raise ValueError(f"{name} is the weight of {of} and must be {allowed}, got {value!r}.")
     return number
 
@@ -152,7 +175,9 @@ def applied(module: nn.Module, weights: Weights) -> Iterator[nn.Module]:
         ...     model(torch.tensor([3.0])).item()
         6.0
     """
-    check_match(_targets(module, weights), weights)
+    targets = _targets(module, weights)
+    check_match(targets, weights, sides=("the module", "what to apply"))
+    _check_tied(targets, weights)
     with put(module, weights):
         yield module
 
@@ -199,7 +224,8 @@ def load_weights(module: nn.Module, weights: Weights) -> None:
         2.0
     """
     targets = _targets(module, weights)
-    check_match(targets, weights)
+    check_match(targets, weights, sides=("the module", "what to load"))
+    _check_tied(targets, weights)
     _overwrite(targets, _buffers(module, remove_duplicate=False), weights)
     reshard(module)
 
@@ -215,6 +241,13 @@ def _targets(module: nn.Module, weights: Weights) -> dict[str, Tensor]:
     unknown = [name for name in weights if name not in own]
     if unknown:
         raise WeightMismatchError(f"{len(unknown)} weights ({listed(unknown)}) are not in {type(model).__name__}.")
+    check_there({name: own[name] for name in weights})
+    cut = [n for n in weights if weights[n].is_floating_point() and own[n].dtype in _WHOLE]
+    if cut:
+        raise WeightMismatchError(
+            f"{len(cut)} weights ({listed(f'{n}: {weights[n].dtype}' for n in cut)}) are floating point, and the "
+            "module's are whole numbers: they would be cut off."
+        )
     coded = [n for n in weights if own[n].is_floating_point() and not weights[n].is_floating_point()]
     if coded:
         raise WeightMismatchError(
@@ -222,6 +255,22 @@ def _targets(module: nn.Module, weights: Weights) -> dict[str, Tensor]:
             "the module's are: quantised codes are no weights. Dequantise them first."
         )
     return {name: own[name] for name in weights}
+
+
+def _check_tied(targets: Weights, values: Weights) -> None:
+    """Raise `WeightMismatchError` where names are one tensor of the module, and their values differ."""
+    first: dict[int, str] = {}
+    for name, target in targets.items():
+        other = first.setdefault(id(target), name)
+        if other != name and values[other] is not values[name] and not _equal(values[other], values[name]):
+            raise WeightMismatchError(
+                f"{other} and {name} are one weight of the module, tied, and what is to be put there differs; give "
+                "them one value, for instance one anchor_weight."
+            )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(local(a), local(like(b, a)))
 
 
 def _can_hold(target: Tensor, value: Tensor) -> bool:

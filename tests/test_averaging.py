@@ -303,11 +303,21 @@ def test_the_average_is_kept_where_it_is_told():
         (partial(EMAAverager, decay=1.0), r"decay must be in \[0, 1\), got 1\.0"),
         (partial(EMAAverager, decay=float("nan")), r"decay must be in \[0, 1\), got nan"),
         (partial(LAWAAverager, k=0), "k must be at least 1, got 0"),
+        (partial(LAWAAverager, k=2.5), r"k must be a whole number, got 2\.5"),
+        (partial(SWAAverager, start_step=0.7 * 1005), r"start_step must be a whole number, got 703\.5"),
+        (partial(SWAAverager, start_step=float("nan")), "start_step must be a whole number, got nan"),
+        (partial(SWAAverager, start_step=-1), "start_step must be at least 0, got -1"),
+        (partial(SWAAverager, cycle_steps=1.5), r"cycle_steps must be a whole number, got 1\.5"),
     ],
 )
 def test_arguments_outside_their_range_are_refused(kind, message: str):
     with pytest.raises(ValueError, match=message):
         kind(nn.Linear(1, 1))
+
+
+def test_a_model_without_values_has_no_average():
+    with pytest.raises(ValueError, match=r"2 weights \(weight, bias\) are on the meta device"):
+        SWAAverager(nn.Linear(1, 1, device="meta"))
 
 
 def test_the_state_of_another_kind_of_average_is_refused():

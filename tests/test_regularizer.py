@@ -1,5 +1,6 @@
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -265,6 +266,45 @@ def test_the_closures_of_lbfgs_share_an_alpha(written_out: bool):
         assert len(set(alphas)) == step
 
 
+def pickled(regularizer: InterpolatedWeightRegularizer) -> InterpolatedWeightRegularizer:
+    return pickle.loads(pickle.dumps(regularizer))  # noqa: S301 # written a moment ago
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, pickled])
+def test_copies_follow_optimizers_too(copied):
+    regularizer, alphas = copied(from_one_to_zero()), []
+    optimizer = torch.optim.LBFGS(regularizer.model.parameters(), max_iter=4)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        alphas.append(regularizer.alpha)
+        return regularizer.backward(lambda model: model(torch.ones(4, 1).double()).square().mean())
+
+    optimizer.step(closure)
+    assert len(alphas) > 1
+    assert len(set(alphas)) == regularizer.step == 1
+
+
+@pytest.mark.parametrize("seed", [1.5, None, "a"])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(ValueError, match="seed must be a whole number"):
+        InterpolatedWeightRegularizer(nn.Linear(1, 1), seed=seed)
+    resumed = InterpolatedWeightRegularizer(nn.Linear(1, 1))
+    resumed.load_state_dict((before := InterpolatedWeightRegularizer(nn.Linear(1, 1), seed=True)).state_dict())
+    assert resumed.alpha == before.alpha
+
+
+def test_a_model_without_values_has_no_anchor():
+    with pytest.raises(ValueError, match="meta device, without values"):
+        InterpolatedWeightRegularizer(nn.Linear(1, 1, device="meta"))
+
+
+@pytest.mark.parametrize("loss", [None, (torch.ones(1),)])
+def test_a_loss_that_is_none_is_told_so(loss):
+    with pytest.raises(TypeError, match="loss_fn must return the loss, a tensor with one element, got"):
+        InterpolatedWeightRegularizer(nn.Linear(1, 1)).backward(lambda model: loss)
+
+
 def test_a_closure_that_fails_does_not_hold_the_step_for_ever():
     regularizer, failing = from_one_to_zero(), [True]
     optimizer = torch.optim.SGD(regularizer.model.parameters(), lr=0.0)
@@ -505,6 +545,20 @@ def test_gradient_hooks_of_parameters_see_both_passes():
     assert regularizer.strategy == "in_place"
     regularizer.backward(mse(x, y))
     assert model.weight.grad.abs().max() == 0
+
+
+def test_hooks_that_come_too_late_are_refused():
+    model, (x, y) = nn.Linear(3, 3).double(), batch()
+    regularizer = regularizer_away_from_anchor(model)
+    handle = model.weight.register_hook(lambda gradient: gradient * 0)
+    with pytest.raises(RuntimeError, match=r"weight: gradient hooks.*before the regularizer is made"):
+        regularizer.backward(mse(x, y))
+    handle.remove()
+    regularizer.backward(mse(x, y))
+    swapping = regularizer_away_from_anchor(model, strategy="in_place")
+    model.bias.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(RuntimeError, match="bias: post-accumulate-grad hooks"):
+        swapping.backward(mse(x, y))
 
 
 def test_an_optimizer_that_steps_within_backward_is_right_or_refused():

@@ -75,7 +75,7 @@ def test_parameters_keep_their_identity_while_others_are_applied():
     ("weights", "message"),
     [
         ({"wieght": torch.zeros(2, 2)}, r"1 weights \(wieght\) are not in Linear"),
-        ({"bias": torch.zeros(2), "weight": torch.zeros(3, 3)}, r"weight: theta \(2, 2\), anchor \(3, 3\)"),
+        ({"bias": torch.zeros(2), "weight": torch.zeros(3, 3)}, r"weight: the module \(2, 2\), what to apply \(3, 3\)"),
     ],
 )
 def test_nothing_changes_when_applied_weights_do_not_fit(weights: dict, message: str):
@@ -128,7 +128,7 @@ def test_a_buffer_of_another_shape_is_refused(name: str):
     model = Buffered()
     own = snapshot(model)
     for put in (load_weights, lambda model, weights: applied(model, weights).__enter__()):
-        with pytest.raises(WeightMismatchError, match=rf"{name}: theta \(3,\), anchor \(1,\)"):
+        with pytest.raises(WeightMismatchError, match=rf"{name}: the module \(3,\), what to (load|apply) \(1,\)"):
             put(model, {name: torch.zeros(1)})
     assert identical(snapshot(model), own)
 
@@ -138,6 +138,38 @@ def test_loaded_weights_stay():
     load_weights(model, {"weight": other.weight})
     assert torch.equal(model.weight, other.weight)
     assert model.weight is not other.weight
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(4, 3), nn.Linear(3, 4, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_one_weight_is_not_given_two_values():
+    model = Tied()
+    own = snapshot(model)
+    two = {"embed.weight": torch.zeros(4, 3), "head.weight": torch.ones(4, 3)}
+    for put in (load_weights, lambda model, weights: applied(model, weights).__enter__()):
+        with pytest.raises(WeightMismatchError, match=r"embed\.weight and head\.weight are one weight"):
+            put(model, two)
+    assert identical(snapshot(model), own)
+    load_weights(model, {name: torch.ones(4, 3) for name in two})
+    assert model.head.weight.eq(1).all()
+
+
+def test_a_module_without_values_is_not_loaded_into():
+    with pytest.raises(ValueError, match="meta device, without values"):
+        load_weights(nn.Linear(2, 2, device="meta"), nn.Linear(2, 2).state_dict())
+
+
+def test_fractions_are_not_cut_off():
+    model = nn.Linear(1, 1)
+    model.register_buffer("n", torch.zeros(1, dtype=torch.long))
+    with pytest.raises(WeightMismatchError, match=r"n: torch\.float32\) are floating point.*would be cut off"):
+        load_weights(model, {"n": torch.tensor([1.7])})
+    assert model.n == 0
 
 
 def test_weights_are_loaded_into_and_patched_from_compiled_models_by_their_bare_names():
