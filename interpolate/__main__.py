@@ -210,11 +210,11 @@ def _repair(options: argparse.Namespace) -> int:
 
 
 def _chosen(options: argparse.Namespace, choice: Choice) -> int:
+    print(choice.as_json() if options.json else choice)  # first: what took hours to find is not lost with a wrong path
     if options.plot:
         choice.plot(options.plot)
     if options.output:
         choice.write(options.output, progress=progress_line())
-    print(choice.as_json() if options.json else choice)
     return 0
 
 

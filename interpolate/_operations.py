@@ -41,9 +41,16 @@ def is_recipe(value: Any) -> bool:
     """Whether something that was read is a recipe, as written, with inputs and their hashes."""
     if not (isinstance(value, dict) and _ARGUMENTS.get(str(value.get("operation"))) in value):
         return False
-    lists: list[Any] = [value.get("inputs"), value.get("sha256")]
-    are_texts = all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists)
-    return are_texts and len(lists[0]) == len(lists[1])
+    inputs, hashes = value.get("inputs"), value.get("sha256")
+    texts = [inputs, hashes, value.get("theta_only", [])]
+    numbers = [value.get("weights", []), value.get("scales", [])]
+    if not all(_is_list_of(text, str) for text in texts) or not all(_is_list_of(n, (int, float)) for n in numbers):
+        return False
+    return len(inputs) == len(hashes) and (len(inputs) == 2 or value["operation"] not in ("patch", "slerp"))
+
+
+def _is_list_of(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
 def sides_of(recipe: Recipe, n: int, paths: Sequence[str] = ()) -> list[str]:
@@ -116,9 +123,10 @@ def _shares(weights: Any, n_sources: int) -> list[float]:
     if len(numbers) != n_sources:
         raise ValueError(f"weights must be one number for each of {n_sources} checkpoints, got {len(numbers)}.")
     heaviest = max(map(abs, numbers))
-    if not all(map(math.isfinite, numbers)) or not abs(math.fsum(numbers)) > 1e-6 * heaviest:
+    shares = [number / heaviest for number in numbers] if 0 < heaviest < math.inf else []
+    if not abs(math.fsum(shares)) > 1e-6:  # which nan is not
         raise ValueError(f"weights must be finite numbers with a sum that is not 0, got {numbers}.")
-    return [number / heaviest for number in numbers]
+    return shares
 
 
 def _sum_of_tasks(tensors: list[Tensor], scales: Sequence[float]) -> Tensor:

@@ -99,6 +99,8 @@ def mix_files(paths: Sequence[Path], recipe: Recipe, output: Path | None, progre
         checkpoints = [stack.enter_context(Checkpoint(path)) for path in inputs]
         mixing = Mixing(checkpoints, recipe, inputs, progress)
         report = mixing.report
+        if output is not None and any(_is(output, place) for c in checkpoints for place in (c.path, *inputs)):
+            raise ValueError(f"{os.fspath(output)} is one of the inputs, and would be lost; write to another place.")
         if output is None:
             report.recipe = {**recipe, "inputs": inputs}
             for name in mixing.first.entries:
@@ -119,3 +121,9 @@ def mix_files(paths: Sequence[Path], recipe: Recipe, output: Path | None, progre
         write(output, mixing.first, mixing.pieces, metadata)
         report.recipe["sha256"] = [h.result() for h in hashes]
     return report
+
+
+def _is(output: Path, place: Path) -> bool:
+    """Whether what is written would stand where something is read; a key within a file is no place of its own."""
+    a, b = (os.fspath(path).partition("::")[0] for path in (output, place))
+    return a == b or ("://" not in a and os.path.realpath(a) == os.path.realpath(b))

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -123,19 +124,27 @@ def greedy_soup(sources: Sequence[Source], evaluate: Callable[[dict[str, Tensor]
     with ExitStack() as stack:
         opened = [stack.enter_context(Checkpoint(s)) if isinstance(s, (str, os.PathLike)) else s for s in sources]
         matched([without_extra_state(s.entries) if isinstance(s, Checkpoint) else weights_of(s) for s in opened], names)
-        alone = [float(evaluate(uniform_soup([source]))) for source in opened]
-        if any(map(math.isnan, alone)):
-            raise ValueError(f"evaluate gave nan for {names[[*map(math.isnan, alone)].index(True)]}.")
+        alone = [_value(evaluate(uniform_soup([source])), name) for source, name in zip(opened, names, strict=True)]
         first, *others = sorted(range(len(sources)), key=lambda i: -alone[i])
         chosen, best = [first], alone[first]
         soup = _GrowingMean(opened[first], buffer_names(opened, ThetaOnly((), weights_of(opened[first]))))
         for i in others:
             candidate = soup.renamed(opened[i])
-            value = float(evaluate(soup.mean_with(candidate)))
+            value = _value(evaluate(soup.mean_with(candidate)), f"the mean with {names[i]}")
             if value >= best:
                 soup.add(candidate)
                 chosen, best = [*chosen, i], value
     return chosen, best
+
+
+def _value(given: Any, of: str) -> float:
+    try:
+        value = float(given)
+    except (TypeError, ValueError):
+        value = math.nan
+    if math.isnan(value):
+        raise ValueError(f"evaluate must give a number, and gave {given!r} for {of}.")
+    return value
 
 
 class _GrowingMean:

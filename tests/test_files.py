@@ -383,3 +383,18 @@ def test_equal_weights_are_the_plain_mean_and_a_single_one_its_checkpoint_bit_fo
 def test_weights_that_give_no_mean_are_refused(pair: Path, weights: list[float], message: str):
     with pytest.raises(ValueError, match=message):
         average_files(["anchor.safetensors", "theta.safetensors"], "out.safetensors", weights=weights)
+
+
+def test_an_input_is_not_written_over(pair: Path):
+    theta = pair / "theta.safetensors"
+    before = theta.read_bytes()
+    (pair / "link.safetensors").symlink_to(theta)
+    for output in (theta, pair / "." / "theta.safetensors", pair / "link.safetensors"):
+        with pytest.raises(ValueError, match=r"is one of the inputs, and would be lost"):
+            patch_files(pair / "anchor.safetensors", theta, output, anchor_weight=0.5)
+    assert theta.read_bytes() == before
+
+
+@pytest.mark.parametrize("weights", [[1e308, 1e308], [3, 1]])
+def test_only_ratios_of_weights_matter_however_large(pair: Path, weights: list[float]):
+    average_files([pair / "anchor.safetensors", pair / "theta.safetensors"], pair / "mean.safetensors", weights=weights)

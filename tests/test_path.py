@@ -85,8 +85,13 @@ def test_a_greedy_soup_is_never_worse_than_its_best_ingredient(values: list[floa
 def test_a_soup_of_nothing_or_of_nan_is_refused():
     with pytest.raises(ValueError, match="at least one source"):
         greedy_soup([], closeness_to(1.0))
+    sources = [{"w": torch.ones(1)}, {"w": torch.zeros(1)}]
     with pytest.raises(ValueError, match="nan for source 1"):
-        greedy_soup([{"w": torch.ones(1)}, {"w": torch.zeros(1)}], lambda w: w["w"].item() or float("nan"))
+        greedy_soup(sources, lambda w: w["w"].item() or float("nan"))
+    with pytest.raises(ValueError, match="nan for the mean with source 1"):
+        greedy_soup(sources, lambda w: float("nan") if w["w"] == 0.5 else w["w"].item())
+    with pytest.raises(ValueError, match="must give a number, and gave None for source 0"):
+        greedy_soup(sources, lambda w: None)
 
 
 def test_a_soup_of_modules_and_files_is_their_mean(tmp_path: Path):
