@@ -41,7 +41,8 @@ def is_recipe(value: Any) -> bool:
     """Whether something that was read is a recipe, as written, with inputs and their hashes."""
     if not (isinstance(value, dict) and _ARGUMENTS.get(str(value.get("operation"))) in value):
         return False
-    inputs, hashes = value.get("inputs"), value.get("sha256")
+    inputs: Any = value.get("inputs")
+    hashes: Any = value.get("sha256")
     texts = [inputs, hashes, value.get("theta_only", [])]
     numbers = [value.get("weights", []), value.get("scales", [])]
     if not all(_is_list_of(text, str) for text in texts) or not all(_is_list_of(n, (int, float)) for n in numbers):
