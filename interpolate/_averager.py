@@ -178,7 +178,8 @@ class WeightAverager(ABC):
         """Call a function with the model at the average and its buffers, without gradient.
 
         It may be called at any time, between the forward and the backward pass of what is trained too: weights,
-        gradients and the state of modules are as before. The model is in the mode that it is in, and a function may
+        gradients and the state of modules are as before. Meanwhile another thread that calls the model gets the
+        average, too: let one thread do both. The model is in the mode that it is in, and a function may
         change that for itself: `averager.run(lambda model: model.eval().encode_image(x))`. What its forward pass does
         to its buffers is forgotten. Under DDP, it is the module inside and nothing is communicated; with weights
         sharded by FSDP2, every rank has to call this, and gathers.
