@@ -174,7 +174,9 @@ def _average(options: argparse.Namespace) -> int:
         return _show(options, files.average_files(latest_first(paths, options.last), output, weights=weights, **how))
     if options.kernel is None and options.last is None and paths == with_folders_opened(paths):
         return _show(options, files.average_files(paths, output, **how))
-    report = average_snapshots(paths, output, kernel=options.kernel or "uniform", last=options.last, **how)
+    report = average_snapshots(
+        paths, output, kernel="uniform" if options.kernel is None else options.kernel, last=options.last, **how
+    )
     return _show(options, report)
 
 
@@ -186,6 +188,8 @@ def _soup(options: argparse.Namespace) -> int:
 
 
 def _choose(options: argparse.Namespace) -> int:
+    if options.anchor_weights is not None and options.anchor is None:
+        raise ValueError("--anchor-weights weigh the anchor, and there is no --anchor.")
     evaluate = function_of(options.evaluate)
     check_held_out("the function of --evaluate", options.evaluate.rpartition(":")[2])
     choice = choose(

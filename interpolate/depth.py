@@ -65,6 +65,7 @@ def towers(names: Collection[str], blocks: Collection[str] | None) -> dict[str, 
     if not ordered:
         raise ValueError(
             f"no depth is to be seen in the names of {len(names)} weights, e.g. {listed(names)}: there are not two "
-            "numbered blocks. Say by blocks=[…] what they are numbered under, or weigh them by patterns of their names."
+            "numbered blocks. Weigh them by patterns of their names; in Python, by_depth(…, blocks=[…]) takes what "
+            "they are numbered under."
         )
     return ordered

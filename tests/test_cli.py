@@ -238,6 +238,11 @@ def test_verify_tells_by_its_exit_code(capsys: pytest.CaptureFixture[str]):
             ("choose", *PAIR, "--data", "dev", "--evaluate", "judging:closeness", "--kernel", "x"),
             "is no averaging kernel",
         ),
+        (
+            ("choose", *PAIR, "--data", "dev", "--evaluate", "judging:closeness", "--anchor-weights", "0.5"),
+            "--anchor-weights weigh the anchor, and there is no --anchor",
+        ),
+        (("average", *PAIR, "--kernel", "", "-o", "o.safetensors"), "is no averaging kernel"),
         (("choose", "missing", "--data", "dev", "--evaluate", "judging:closeness"), "missing"),
         (("diff", PAIR[0], "."), ". holds several checkpoints ("),
         (("patch", *PAIR, "--anchor-weight", "*=1", "a.*=0", "-o", "o.safetensors"), "'a.*' in anchor_weight decides"),
