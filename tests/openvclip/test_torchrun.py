@@ -69,8 +69,9 @@ def test_a_run_is_the_same_on_any_number_of_processes(
 
 def test_a_dry_run_of_processes_is_told_once_and_leaves_nothing(small_world: dict[str, Path], tmp_path: Path) -> None:
     printed = train(2, arguments(small_world, tmp_path / "run", "--optimization.micro-batch", "1", "--dry-run"))
-    said = [line.partition(":")[0] for line in printed.splitlines()]
+    lines = printed.splitlines()
+    said = [line.partition(":")[0] for line in lines]
     assert said[:3] == ["parameters", "a step", "memory counted, GB, by the clips at once"]
-    assert len(set(said)) == len(said)
+    assert len(set(lines)) == len(lines)  # a slow machine may be told two things that are faster
     assert printed.count("trained, on 2 x ") == printed.count("micro-batches of 1") == 1
     assert not (tmp_path / "run").exists()
