@@ -88,8 +88,9 @@ class WeightAverager(ABC):
         """Updates so far."""
         self.n_averaged = 0
         """Snapshots taken so far."""
-        check_mixable(trainable_weights(model))
-        check_there(trainable_weights(model))
+        theta = trainable_weights(model)
+        check_mixable(theta)
+        check_there(theta)
         self._averaged_buffers = _fitting(averaged_buffers, persistent_buffers(model))
         tensors = self._tensors()
         for place in {self.device or p.device for p in tensors.values()}:

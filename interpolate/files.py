@@ -99,7 +99,7 @@ def mix_files(paths: Sequence[Path], recipe: Recipe, output: Path | None, progre
         checkpoints = [stack.enter_context(Checkpoint(path)) for path in inputs]
         mixing = Mixing(checkpoints, recipe, inputs, progress)
         report = mixing.report
-        if output is not None and any(_is(output, place) for c in checkpoints for place in (c.path, *inputs)):
+        if output is not None and any(_is(os.fspath(output), checkpoint.path) for checkpoint in checkpoints):
             raise ValueError(f"{os.fspath(output)} is one of the inputs, and would be lost; write to another place.")
         if output is None:
             report.recipe = {**recipe, "inputs": inputs}
@@ -123,7 +123,6 @@ def mix_files(paths: Sequence[Path], recipe: Recipe, output: Path | None, progre
     return report
 
 
-def _is(output: Path, place: Path) -> bool:
-    """Whether what is written would stand where something is read; a key within a file is no place of its own."""
-    a, b = (os.fspath(path).partition("::")[0] for path in (output, place))
-    return a == b or ("://" not in a and os.path.realpath(a) == os.path.realpath(b))
+def _is(output: str, place: str) -> bool:
+    """Whether what is written would stand where something is read."""
+    return output == place or ("://" not in output and os.path.realpath(output) == os.path.realpath(place))

@@ -87,7 +87,7 @@ MUTANTS = [
     ("weights.py", "    if cut:", "    if False:", "tests/test_weights.py"),
     ("weights.py", "    if empty:", "    if False:", AVERAGING),
     ("weights.py", "    if at_least is not None and number < at_least:", "    if False:", AVERAGING),
-    ("files.py", "any(_is(output, place)", "any(False", FILES),
+    ("files.py", "any(_is(os.fspath(output), checkpoint.path)", "any(False", FILES),
     ("path.py", "    if math.isnan(value):", "    if False:", PATH),
     ("_strategies.py", "distributed and through_wrapper", "False", DDP),
     ("_strategies.py", "distributed and not through_wrapper", "False", DDP),
