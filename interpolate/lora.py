@@ -23,7 +23,7 @@ from interpolate._places import opened
 from interpolate._unmixable import adapter_factors
 from interpolate.atomic import flushed, replaced_path
 from interpolate.checkpoints import Checkpoint
-from interpolate.weights import listed
+from interpolate.weights import listed, whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FACTOR = re.compile(r"(?P<layer>.+)\.(?P<kind>lora_|lora_embedding_)(?P<side>[AB])(?:\.weight)?")
@@ -143,8 +143,8 @@ def mix_adapters(
     weights = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters) or not all(map(math.isfinite, weights)):
         raise ValueError(f"weights must be {len(adapters)} finite numbers, one for each adapter, got {weights}.")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}.")
+    if rank is not None:
+        rank = whole("rank", rank, at_least=1)
     for i, adapter in enumerate(adapters):
         adapter._check(f"adapter {i}")
     for key in _COMMON:

@@ -20,7 +20,7 @@ from interpolate.depth import by_depth
 from interpolate.kernels import parse_kernel
 from interpolate.patching import patch, weights_of
 from interpolate.synthesis import latest_first, weights_by_kernel
-from interpolate.weights import Weights, check_coefficient, mixing_precision
+from interpolate.weights import Weights, check_coefficient, mixing_precision, whole
 
 KERNELS = "uniform", "power:0.05", "power:0.1", "power:0.2"
 ANCHOR_WEIGHTS = tuple(i / 10 for i in range(11))
@@ -179,8 +179,7 @@ def repair(
         >>> repair("anchor.safetensors", "theta.safetensors", worth, data="dev").chosen.settings
         {'how': 'by group', 'anchor_weight': {'body': 1.0, 'head': 0.0, '*': 0.0}}
     """
-    if points < 2:
-        raise ValueError(f"points must be at least 2, got {points}.")
+    points = whole("points", points, at_least=2)
     judging, notes = Judging(evaluate, data, ("new", "kept")), []
     before, after = weights_of(anchor), weights_of(theta)
     own = ThetaOnly(theta_only, after).own

@@ -15,6 +15,7 @@ from interpolate.files import mix_files
 from interpolate.kernels import Kernel, parse_kernel
 from interpolate.reports import Report
 from interpolate.snapshots import kernel_from, snapshot_recipe, with_folders_opened
+from interpolate.weights import whole
 
 _TOO_FAR = 0.25
 
@@ -69,8 +70,8 @@ def plan_average(
 
 def latest_first(snapshots: Path | Sequence[Path], last: int | None = None) -> list[str]:
     """The paths of snapshots, so that names, dtypes and what is not averaged are those of the latest."""
-    if last is not None and last < 1:
-        raise ValueError(f"last must be at least 1, got {last}.")
+    if last is not None:
+        last = whole("last", last, at_least=1)
     paths = with_folders_opened([snapshots] if isinstance(snapshots, (str, os.PathLike)) else snapshots)
     if last is not None and last > len(paths):
         raise ValueError(f"last is {last}, and there are only {len(paths)} snapshots.")
