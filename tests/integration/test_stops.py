@@ -98,7 +98,7 @@ def test_saved_on_two_resumed_on_one_and_back_ends_where_one_would(
     assert [event["step"] for event in found["journal"] if event["event"] == "step"] == list(range(1, 17))
     moved = distance_as_seen(expected["last"], tiny_clip.load().state_dict())
     for name in ("last", "averaged"):
-        assert distance_as_seen(found[name], expected[name]) < 1e-4 * moved  # 1.1e-5 has been seen
+        assert distance_as_seen(found[name], expected[name]) < 5e-5 * moved  # 1.1e-5 has been seen
 
 
 def test_torchrun_restarts_what_died_and_it_goes_on_by_itself(small_world: dict[str, Path], tmp_path: Path) -> None:

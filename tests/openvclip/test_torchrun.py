@@ -72,6 +72,8 @@ def test_a_dry_run_of_processes_is_told_once_and_leaves_nothing(small_world: dic
     lines = printed.splitlines()
     said = [line.partition(":")[0] for line in lines]
     assert said[:3] == ["parameters", "a step", "memory counted, GB, by the clips at once"]
-    assert len(set(lines)) == len(lines)  # a slow machine may be told two things that are faster
+    assert len(set(lines)) == len(lines)
+    once = [label for label in said if label != "faster"]  # of which a slow machine may be told two
+    assert len(set(once)) == len(once)
     assert printed.count("trained, on 2 x ") == printed.count("micro-batches of 1") == 1
     assert not (tmp_path / "run").exists()
